@@ -1,0 +1,235 @@
+"""Stable Diffusion 3 and 3.5: any `StableDiffusion3Pipeline` directory of diffusers, tiny or real.
+
+Text encoding, the network and the VAE are diffusers' own modules; this file only binds them to the
+`DenoisingPolicy` protocol. diffusers is imported when a policy is loaded, not when a configuration is read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from raylign.assets import resolve
+from raylign.config import Config
+from raylign.errors import ModelError
+from raylign.models.adapters import LoraSettings, attach_lora, fold_lora, lora_shapes
+from raylign.models.base import Conditioning, Role
+from raylign.precision import DTYPES, Precision
+from raylign.shapes import check_shape
+from raylign.types import WeightVersion
+from raylign.weights import WeightSnapshot, make_snapshot, verify_snapshot
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
+PIPELINE = "StableDiffusion3Pipeline"
+_COMPONENTS = ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+# The targets of Flow-GRPO and DiffusionNFT: every attention projection of both streams.
+LORA_TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+
+
+class Sd3Config(Config):
+    """A Stable Diffusion 3 / 3.5 model directory and how it is trained."""
+
+    type: Literal["sd3"] = "sd3"
+    path: str = "asset:glyphs"
+    """diffusers pipeline directory; `asset:glyphs` is the tiny model that ships with Raylign."""
+    height: int = Field(32, ge=8)
+    """Picture height in pixels."""
+    width: int = Field(64, ge=8)
+    """Picture width in pixels."""
+    tuning: Literal["lora", "full"] = "lora"
+    """Train a LoRA adapter or every weight of the transformer."""
+    lora: LoraSettings = LoraSettings()
+    """The adapter, when tuning is "lora"."""
+    max_sequence_length: int = Field(256, ge=1, le=512)
+    """T5 tokens per prompt, where the model has a T5."""
+
+
+class Sd3Policy:
+    """A DenoisingPolicy over diffusers modules. In a learner, text encoders and VAE are absent.
+
+    An adapter is either attached (PEFT computes W x + s B A x, as the learner does) or, with `fold`, added into
+    plain weights on load: faster, and equal only up to rounding.
+    """
+
+    def __init__(
+        self,
+        config: Sd3Config,
+        transformer: SD3Transformer2DModel,
+        pipeline: StableDiffusion3Pipeline | None,
+        vae_config: dict[str, Any],
+        schedule_shift: float,
+        fold: bool,
+    ) -> None:
+        self.config = config
+        self.transformer = transformer
+        self.schedule_shift = schedule_shift
+        self.device = next(transformer.parameters()).device
+        self._pipeline = pipeline
+        self._fold = fold and config.tuning == "lora"
+        self._pristine: dict[str, torch.Tensor] = {}
+        factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+        step = factor * transformer.config.patch_size
+        for name, size in (("height", config.height), ("width", config.width)):
+            if size % step:
+                raise ModelError(f"model.{name} must be a multiple of {step} for this model, got {size}")
+        self.latent_shape = (transformer.config.in_channels, config.height // factor, config.width // factor)
+
+    def encode(self, text: str, with_negative: bool) -> Conditioning:
+        """See DenoisingPolicy. Raises ModelError in a learner, which has no text encoders."""
+        pipeline = self._need_pipeline("encode a prompt")
+        with torch.no_grad():
+            embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
+                text,
+                None,
+                None,
+                device=self.device,
+                do_classifier_free_guidance=with_negative,
+                max_sequence_length=self.config.max_sequence_length,
+            )
+        return Conditioning(embeds, pooled, negative, negative_pooled)
+
+    def predict(self, state_BCHW: torch.Tensor, sigma_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """See DenoisingPolicy. The network is fed sigma * 1000 as a float, never truncated to an integer."""
+        channels, height, width = self.latent_shape
+        check_shape(state_BCHW, "state_BCHW", C=channels, H=height, W=width)
+        dtype = self.transformer.dtype
+        velocity = self.transformer(
+            hidden_states=state_BCHW.to(dtype),
+            timestep=sigma_B.float() * 1000.0,
+            encoder_hidden_states=conditioning.prompt_embeds_PLD.to(dtype),
+            pooled_projections=conditioning.pooled_PD.to(dtype),
+            return_dict=False,
+        )[0]
+        return velocity.float()
+
+    def decode(self, state_BCHW: torch.Tensor) -> np.ndarray:
+        """See DenoisingPolicy. Raises ModelError in a learner, which has no VAE."""
+        vae = self._need_pipeline("decode a picture").vae
+        with torch.no_grad():
+            latents = state_BCHW / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+            pictures = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
+        scaled = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round()
+        return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+    def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+
+    def export_weights(self, version: WeightVersion, tensors: dict[str, torch.Tensor] | None = None) -> WeightSnapshot:
+        source = self.trainable_parameters() if tensors is None else tensors
+        kind = "adapter" if self.config.tuning == "lora" else "full"
+        return make_snapshot(dict(source), version, kind, self.config.lora.scale)
+
+    def load_weights(self, snapshot: WeightSnapshot) -> None:
+        parameters = self.trainable_parameters()
+        if self._fold:
+            shapes = lora_shapes(self.transformer, self.config.lora, self.config.lora.targets or LORA_TARGETS)
+        else:
+            shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        tensors = verify_snapshot(snapshot, shapes)
+        with torch.no_grad():
+            if self._fold:
+                fold_lora(self.transformer, tensors, snapshot.lora_scale, self._pristine)
+                return
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
+
+    def _need_pipeline(self, action: str) -> StableDiffusion3Pipeline:
+        if self._pipeline is None:
+            raise ModelError(f"a learner's policy cannot {action}: it holds the transformer only; load role='rollout'")
+        return self._pipeline
+
+
+def load_sd3(
+    config: Sd3Config, role: Role, device: str = "cpu", precision: Precision = "fp32", fold: bool = False, seed: int = 0
+) -> Sd3Policy:
+    """Load a policy from a pipeline directory. Raises ModelError naming the missing or wrong component.
+
+    role "rollout": every component, in `precision`; "learner": the transformer alone, fp32 master weights.
+    fold: keep no adapter layers and fold published adapters into the weights (rollout with LoRA only).
+    seed: initial values of the adapter's A matrices.
+    """
+    folder = resolve(config.path)
+    check_pipeline_folder(folder)
+    pipeline = load_pipeline(folder, precision).to(device) if role == "rollout" else None
+    transformer = pipeline.transformer if pipeline is not None else _load_transformer(folder).to(device)
+    transformer.eval()
+    if config.tuning == "full":
+        transformer.requires_grad_(True)
+    elif fold and role == "rollout":
+        transformer.requires_grad_(False)
+    else:
+        attach_lora(transformer, config.lora, config.lora.targets or LORA_TARGETS, seed)
+    vae_config = _read_json(folder / "vae" / "config.json")
+    vae_config.setdefault("block_out_channels", vae_config.get("decoder_block_out_channels"))
+    shift = float(_read_json(folder / "scheduler" / "scheduler_config.json").get("shift", 1.0))
+    return Sd3Policy(config, transformer, pipeline, vae_config, shift, fold and role == "rollout")
+
+
+def load_pipeline(folder: Path, precision: Precision = "fp32") -> StableDiffusion3Pipeline:
+    """The whole diffusers pipeline of a checked directory, progress bars off."""
+    from diffusers import StableDiffusion3Pipeline
+
+    try:
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            str(folder), torch_dtype=DTYPES[precision], local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{folder} does not load as a {PIPELINE}: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def check_pipeline_folder(folder: Path) -> None:
+    """Raise ModelError for the first fault of a folder that lacks something SD3 needs."""
+    if not folder.is_dir():
+        raise ModelError(f"model.path {str(folder)!r} is no directory; give a diffusers {PIPELINE} directory")
+    index = _read_json(folder / "model_index.json")
+    found = index.get("_class_name")
+    if found != PIPELINE:
+        raise ModelError(f"{folder} is a {found}, not a {PIPELINE}; choose the [model] type that fits it")
+    for name in _COMPONENTS:
+        declared = index.get(name)
+        if not declared or declared[1] is None:
+            raise ModelError(f"{folder}/model_index.json names no {name}, which a {PIPELINE} needs")
+        if not (folder / name).is_dir():
+            raise ModelError(f"{folder} lacks its component folder {name}/ ({declared[1]}); is the download complete?")
+    found = _read_json(folder / "transformer" / "config.json").get("_class_name")
+    if found != "SD3Transformer2DModel":
+        raise ModelError(f"{folder}/transformer is a {found}, not an SD3Transformer2DModel")
+
+
+def _load_transformer(folder: Path) -> SD3Transformer2DModel:
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
+    try:
+        return SD3Transformer2DModel.from_pretrained(
+            str(folder), subfolder="transformer", torch_dtype=torch.float32, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{folder}/transformer does not load: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent} has no {path.name}; is it a diffusers {PIPELINE} directory?") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from None

@@ -1,0 +1,22 @@
+"""Which number format computes what, decided in one table.
+
+Rollout weights are cast to the rollout precision. The learner keeps fp32 master weights and computes under
+autocast. Latents, transitions, log-probs and losses are fp32 everywhere.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+
+Precision = Literal["fp32", "bf16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """The learner's compute context: nothing for fp32, torch autocast otherwise."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])

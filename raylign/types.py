@@ -1,0 +1,201 @@
+"""Raylign's nouns. Frozen dataclasses, because tensors stay out of pydantic and nothing is edited in flight.
+
+    Prompt ──▶ RolloutGroup (G siblings: Rollout × G, one LatentTrajectory, one conditioning)
+           ──▶ RewardScore / RewardBreakdown on each Rollout ──▶ Advantage ──▶ TrainBatch (learner/batching.py)
+
+The group is the unit of credit, of buffering and of failure. Tensors of a group are batched over its siblings
+(axis G), so a group crosses a process boundary as a few contiguous arrays rather than G small ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Flag, StrEnum, auto
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from raylign.models.base import Conditioning
+
+JsonValue = str | int | float | bool | None | Sequence["JsonValue"] | Mapping[str, "JsonValue"]
+WeightVersion = int
+"""One per published policy, counting up; 0 is the model as loaded."""
+
+
+class Needs(Flag):
+    """What an algorithm wants recorded or kept; the seam between coupled and forward-process methods."""
+
+    FINAL = auto()
+    """The final state of each sample."""
+    STEPS = auto()
+    """Every state along the way."""
+    LOGPROBS = auto()
+    """The sampler's log-prob of each step it took; needs a stochastic sampler."""
+    REFERENCE = auto()
+    """The policy of weight version 0."""
+    OLD = auto()
+    """A slowly following copy of the policy."""
+
+
+class RolloutStatus(StrEnum):
+    """How one attempt ended."""
+
+    OK = "ok"
+    GENERATION_FAILED = "generation_failed"
+    REWARD_FAILED = "reward_failed"
+
+
+class SampleKey(NamedTuple):
+    """The name of one sample; it can be drawn again from this and the weights alone."""
+
+    run_seed: int
+    prompt_id: str
+    visit: int
+    """How often this prompt had been visited before; -1 for evaluation."""
+    sample_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A task: the text given to the model and what rewards need to know about it."""
+
+    id: str
+    text: str
+    metadata: Mapping[str, JsonValue] = field(default_factory=dict[str, JsonValue])
+
+
+@dataclass(frozen=True, slots=True)
+class RewardFailure:
+    """Why a reward has no value. `code` is one of the wire statuses of the reward service."""
+
+    code: str
+    message: str
+    retryable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RewardScore:
+    """One reward's answer for one sample: a finite value or an error, never both, never neither."""
+
+    name: str
+    value: float | None
+    error: RewardFailure | None = None
+    version: str = ""
+    seconds: float = 0.0
+    details: Mapping[str, JsonValue] = field(default_factory=dict[str, JsonValue])
+
+    def __post_init__(self) -> None:
+        if (self.value is None) == (self.error is None):
+            raise ValueError(f"RewardScore {self.name!r} needs a value or an error, got {self.value}, {self.error}")
+        if self.value is not None and not math.isfinite(self.value):
+            raise ValueError(f"RewardScore {self.name!r} must be finite, got {self.value}; report an error instead")
+
+
+@dataclass(frozen=True, slots=True)
+class RewardBreakdown:
+    """The mix of one sample's scores; `total` is None when a required reward failed."""
+
+    total: float | None
+    scores: tuple[RewardScore, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RewardSample:
+    """What a reward sees of one sample. Images are RGB, uint8, (height, width, 3)."""
+
+    id: str
+    prompt: Prompt
+    image_HWC: np.ndarray | None = None
+    text: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LatentTrajectory:
+    """What an image sampler recorded for G siblings; all fp32 on the CPU.
+
+    final_GCHW: the last state. states_GS1CHW: every state, from noise to final (only if STEPS is needed).
+    rollout_logprob_GS: mean over latent dims of each step's log-prob (only if LOGPROBS is needed).
+    sigmas_S1: the noise levels of the states, 1 to 0.
+    """
+
+    final_GCHW: torch.Tensor
+    sigmas_S1: torch.Tensor
+    states_GS1CHW: torch.Tensor | None = None
+    rollout_logprob_GS: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One attempt at a prompt. Versions are the oldest and newest weights used while it was made."""
+
+    key: SampleKey
+    status: RolloutStatus
+    min_version: WeightVersion
+    max_version: WeightVersion
+    reward: RewardBreakdown | None = None
+
+    @property
+    def total(self) -> float | None:
+        """The mixed reward, or None if there is none (not scored, or failed)."""
+        return self.reward.total if self.reward is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """The G siblings of one prompt."""
+
+    prompt: Prompt
+    visit: int
+    sequence: int
+    """Place in the run's prompt stream; the buffer hands groups out in this order."""
+    rollouts: tuple[Rollout, ...]
+    trajectory: LatentTrajectory
+    conditioning: Conditioning
+    images_GHWC: np.ndarray | None = None
+
+    @property
+    def group_size(self) -> int:
+        return len(self.rollouts)
+
+    @property
+    def min_version(self) -> WeightVersion:
+        return min(rollout.min_version for rollout in self.rollouts)
+
+    def with_rewards(self, rewards: Sequence[RewardBreakdown]) -> RolloutGroup:
+        """The same group with one breakdown per sibling; a missing total marks the sibling as failed."""
+        if len(rewards) != self.group_size:
+            raise ValueError(f"group {self.prompt.id!r} has {self.group_size} siblings, got {len(rewards)} rewards")
+        rollouts = tuple(
+            replace(
+                rollout,
+                reward=reward,
+                status=RolloutStatus.REWARD_FAILED if reward.total is None else rollout.status,
+            )
+            for rollout, reward in zip(self.rollouts, rewards, strict=True)
+        )
+        return replace(self, rollouts=rollouts)
+
+    def without_images(self) -> RolloutGroup:
+        """The same group without decoded pictures: what the learner needs."""
+        return replace(self, images_GHWC=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Advantage:
+    """Credit for one group, assigned by an algorithm. Failed siblings carry 0 and are not in `valid_G`."""
+
+    adv_G: torch.Tensor
+    valid_G: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one learner step reports. `finite` is False when the update was refused and weights were kept."""
+
+    metrics: Mapping[str, float]
+    finite: bool
