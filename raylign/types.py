@@ -174,7 +174,7 @@ class RolloutGroup:
             replace(
                 rollout,
                 reward=reward,
-                status=RolloutStatus.REWARD_FAILED if reward.total is None else rollout.status,
+                status=_status_after(rollout.status, reward),
             )
             for rollout, reward in zip(self.rollouts, rewards, strict=True)
         )
@@ -183,6 +183,12 @@ class RolloutGroup:
     def without_images(self) -> RolloutGroup:
         """The same group without decoded pictures: what the learner needs."""
         return replace(self, images_GHWC=None)
+
+
+def _status_after(status: RolloutStatus, reward: RewardBreakdown) -> RolloutStatus:
+    if status is RolloutStatus.OK and reward.total is None:
+        return RolloutStatus.REWARD_FAILED
+    return status
 
 
 @dataclass(frozen=True, slots=True)

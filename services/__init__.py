@@ -1,0 +1,1 @@
+"""Everything that knows Ray, processes and files: the run, its wiring, its commands. The only importer of Ray."""

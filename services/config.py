@@ -1,0 +1,189 @@
+"""A run's configuration: one TOML file, every key with a default, impossible pairs refused with the remedy.
+
+Reading it loads torch (algorithms sit beside their configurations) but neither Ray, diffusers nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from learner.algorithms import ALGORITHMS, AlgorithmConfig, NftConfig
+from learner.learner import LearnerConfig
+from raylign.assets import find_config
+from raylign.config import Config, load_config
+from raylign.models import ModelConfig
+from raylign.models.sd3 import Sd3Config
+from raylign.precision import Precision
+from raylign.samplers import SAMPLERS, SamplerConfig
+from raylign.samplers.euler_ode import EulerOdeConfig
+from raylign.types import Needs
+from rewards import RewardUnion
+from rewards.ocr import OcrConfig
+from services.reward_config import ServiceConfig
+
+Placement = Literal["in_process", "colocated", "separate"]
+
+
+class PromptsConfig(Config):
+    """Prompt files: `.txt` with one prompt per line, or `.jsonl`."""
+
+    train: str = "asset:glyphs/prompts_train.txt"
+    """Prompts that rollouts are drawn for."""
+    heldout: str | None = "asset:glyphs/prompts_heldout.txt"
+    """Prompts for evaluation only; none switches evaluation off."""
+
+
+class RolloutConfig(Config):
+    """The rollout actors."""
+
+    num_actors: int = Field(2, ge=1)
+    """Rollout actors; may be changed freely, results stay the same."""
+    chunk_size: int | None = Field(None, ge=1)
+    """Samples per batch; a multiple or a divisor of group_size. One group when not given."""
+    precision: Precision = "fp32"
+    """Number format of rollout weights and activations."""
+    fold_lora: bool | None = None
+    """Fold adapters into the weights: faster, equal up to rounding. By default only where no log-prob is needed."""
+    num_threads: int = Field(1, ge=1)
+    """Compute threads per actor."""
+    num_gpus: float = Field(0.0, ge=0)
+    """GPUs per actor; 0 runs on the CPU."""
+
+
+class CheckpointConfig(Config):
+    """When to write checkpoints."""
+
+    every_steps: int = Field(20, ge=1)
+    """Steps between checkpoints; one is always written at the end, on Ctrl-C and before a stop."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
+
+
+class EvalConfig(Config):
+    """Held-out evaluation with a deterministic sampler: same keys every time."""
+
+    every_steps: int = Field(20, ge=1)
+    """Steps between evaluations; the first and last are always made."""
+    num_prompts: int | None = Field(None, ge=1)
+    """The first prompts of the held-out file; all when not given."""
+    samples_per_prompt: int = Field(2, ge=1)
+    """Samples of each prompt; two or more also measure diversity."""
+    num_steps: int | None = Field(None, ge=1)
+    """Denoising steps; the rollout sampler's when not given."""
+    guidance_scale: float = Field(1.0, ge=1.0)
+    """Classifier-free guidance of the evaluation; 1 is off."""
+
+
+class RunConfig(Config):
+    """One training run."""
+
+    seed: int = Field(0, ge=0)
+    """Seeds everything: prompts' order, every sample, the adapter's start."""
+    num_steps: int = Field(60, ge=1)
+    """Policy updates: rollouts, rewards, training, publication."""
+    placement: Placement = "separate"
+    """in_process: no Ray. colocated: each worker samples and trains. separate: rollout actors and learner ranks."""
+    max_staleness: int = Field(0, ge=0)
+    """How many versions old a sample may be when it is trained on; 0 is synchronous."""
+    group_size: int = Field(12, ge=2)
+    """Samples per prompt (G): credit compares siblings, so at least 2."""
+    groups_per_step: int = Field(8, ge=1)
+    """Prompts per step (P)."""
+    max_failed_fraction: float = Field(0.25, ge=0, lt=1)
+    """Stop, after a checkpoint, when more than this share of a step's samples has no reward."""
+    max_refused_steps: int = Field(3, ge=1)
+    """Stop, after a checkpoint, after this many refused (not finite) updates in a row."""
+    model: ModelConfig = Sd3Config()
+    prompts: PromptsConfig = PromptsConfig()
+    sampler: SamplerConfig = EulerOdeConfig()
+    algorithm: AlgorithmConfig = NftConfig()
+    rewards: tuple[RewardUnion, ...] = Field((OcrConfig(),), min_length=1)
+    reward_service: ServiceConfig = ServiceConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    learner: LearnerConfig = LearnerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def chunk_size(self) -> int:
+        """Samples per generated batch."""
+        return self.rollout.chunk_size or self.group_size
+
+    @property
+    def chunk_prompts(self) -> int:
+        """Prompts whose groups are drawn together."""
+        return max(1, self.chunk_size // self.group_size)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Items per learner forward: shaped like rollout batches unless set otherwise."""
+        return self.learner.micro_batch_size or self.chunk_size
+
+    @property
+    def fold_lora(self) -> bool:
+        """Whether actors fold adapters; policy-ratio methods need the learner's exact arithmetic instead."""
+        if self.rollout.fold_lora is not None:
+            return self.rollout.fold_lora
+        return Needs.LOGPROBS not in ALGORITHMS[type(self.algorithm)].needs
+
+    @model_validator(mode="after")
+    def _refuse_impossible_pairs(self) -> RunConfig:
+        needs = ALGORITHMS[type(self.algorithm)].needs
+        if Needs.LOGPROBS in needs and not SAMPLERS[type(self.sampler)].stochastic:
+            raise ValueError(
+                f"algorithm {self.algorithm.type!r} scores each step's log-prob, which the deterministic sampler "
+                f"{self.sampler.type!r} does not have; set sampler.type = 'flow_sde'"
+            )
+        large, small = max(self.chunk_size, self.group_size), min(self.chunk_size, self.group_size)
+        if large % small:
+            raise ValueError(
+                f"rollout.chunk_size {self.chunk_size} must be a multiple or a divisor of group_size {self.group_size}"
+            )
+        if self.groups_per_step % self.chunk_prompts:
+            raise ValueError(
+                f"groups_per_step {self.groups_per_step} must be a multiple of the {self.chunk_prompts} prompts that "
+                f"a chunk of {self.chunk_size} samples holds"
+            )
+        self._check_learner_division()
+        if self.placement == "in_process" and self.max_staleness:
+            raise ValueError(f"in_process runs one thing at a time, so max_staleness must be 0, got {self.max_staleness}")
+        if self.placement == "colocated":
+            self._check_colocated()
+        return self
+
+    def _check_learner_division(self) -> None:
+        shares = self.learner.updates_per_step * self.learner.num_ranks
+        samples = self.groups_per_step * self.group_size
+        if samples % shares:
+            raise ValueError(
+                f"groups_per_step x group_size = {samples} samples do not divide into learner.updates_per_step x "
+                f"num_ranks = {self.learner.updates_per_step} x {self.learner.num_ranks} equal shares"
+            )
+        if self.placement == "in_process" and self.learner.num_ranks > 1:
+            raise ValueError(f"in_process has one learner rank, got learner.num_ranks = {self.learner.num_ranks}")
+
+    def _check_colocated(self) -> None:
+        if self.max_staleness:
+            raise ValueError(
+                f"colocated workers cannot sample while they train, so max_staleness must be 0, got "
+                f"{self.max_staleness}; use placement = 'separate'"
+            )
+        if self.rollout.num_actors != self.learner.num_ranks:
+            raise ValueError(
+                f"colocated workers are rollout actor and learner rank in one, so rollout.num_actors and "
+                f"learner.num_ranks must be equal, got {self.rollout.num_actors} and {self.learner.num_ranks}"
+            )
+
+
+def load_run_config(name: str, overrides: Mapping[str, str] | None = None) -> RunConfig:
+    """A run's configuration by path or shipped name, with dotted overrides. Raises ConfigError."""
+    return load_config(RunConfig, find_config(name), overrides)
+
+
+def read_resolved_config(path: Path) -> RunConfig:
+    """The configuration that a run wrote into its directory."""
+    return load_config(RunConfig, path)
