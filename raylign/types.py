@@ -97,10 +97,12 @@ class RewardScore:
 
 @dataclass(frozen=True, slots=True)
 class RewardBreakdown:
-    """The mix of one sample's scores; `total` is None when a required reward failed."""
+    """The mix of one sample's scores; `total` is None when a required reward failed, or none could be asked."""
 
     total: float | None
     scores: tuple[RewardScore, ...]
+    failure: RewardFailure | None = None
+    """Why no reward was asked, if so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,8 @@ class RolloutGroup:
     trajectory: LatentTrajectory
     conditioning: Conditioning
     images_GHWC: np.ndarray | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+    """This group's share of the time its batch took, by phase ("sample", "decode")."""
 
     @property
     def group_size(self) -> int:
@@ -166,8 +170,11 @@ class RolloutGroup:
     def min_version(self) -> WeightVersion:
         return min(rollout.min_version for rollout in self.rollouts)
 
-    def with_rewards(self, rewards: Sequence[RewardBreakdown]) -> RolloutGroup:
-        """The same group with one breakdown per sibling; a missing total marks the sibling as failed."""
+    def with_rewards(self, rewards: Sequence[RewardBreakdown], seconds: float = 0.0) -> RolloutGroup:
+        """The same group with one breakdown per sibling; a missing total marks the sibling as failed.
+
+        `seconds` is the time the rewards took for this group.
+        """
         if len(rewards) != self.group_size:
             raise ValueError(f"group {self.prompt.id!r} has {self.group_size} siblings, got {len(rewards)} rewards")
         rollouts = tuple(
@@ -178,7 +185,7 @@ class RolloutGroup:
             )
             for rollout, reward in zip(self.rollouts, rewards, strict=True)
         )
-        return replace(self, rollouts=rollouts)
+        return replace(self, rollouts=rollouts, seconds={**self.seconds, "reward": seconds})
 
     def without_images(self) -> RolloutGroup:
         """The same group without decoded pictures: what the learner needs."""

@@ -6,6 +6,7 @@ keyed, so a sample is bit for bit the same whoever makes it.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -79,14 +80,22 @@ class RolloutEngine:
             for task in request.tasks
             for index in request.sample_indices
         ]
+        started_s = time.perf_counter()
         with torch.no_grad():
             conditioning = join_conditioning(per_prompt).repeat(count)
             trajectory = denoise(self.policy, setup, conditioning, keys)
+            sampled_s = time.perf_counter()
             images = self.policy.decode(trajectory.final_GCHW.to(self.policy.device))
-        return [
+        share = 1.0 / len(request.tasks)
+        seconds = {
+            "sample": (sampled_s - started_s) * share,
+            "decode": (time.perf_counter() - sampled_s) * share,
+        }
+        groups = [
             _group(task, keys, images, trajectory, conditioning, slice(place * count, (place + 1) * count), version)
             for place, (task, conditioning) in enumerate(zip(request.tasks, per_prompt, strict=True))
         ]
+        return [replace(group, seconds=seconds) for group in groups]
 
     def _use(self, slot: Slot) -> WeightVersion:
         if slot not in self._snapshots:
@@ -160,6 +169,7 @@ def join_parts(parts: Sequence[RolloutGroup]) -> RolloutGroup:
             rollout_logprob_GS=stack([t.rollout_logprob_GS for t in trajectories]),
         ),
         images_GHWC=np.concatenate(images) if images else None,
+        seconds={phase: sum(part.seconds.get(phase, 0.0) for part in parts) for phase in first.seconds},
     )
 
 

@@ -1,0 +1,286 @@
+"""The run's one loop. Synchronous training is the same loop with `max_staleness = 0`.
+
+    prompts ──reserve──▶ make_block ──put──▶ buffer ──take──▶ learn ──▶ hand_off ──release──▶ (reserve)
+
+    produce     waits for tickets, cuts the next prompts into a block, spawns make_block.
+    make_block  chunks ──▶ any actors ──▶ groups ──▶ rewards ──▶ buffer.put; a failed reward is a value on the way.
+    learn       takes the next P groups in prompt order, credits, computes gradients, waits until the previous
+                hand-off is over (old weights are out before they change), optimises, spawns the next hand_off.
+    hand_off    publishes, lets the actors pull, evaluates if due, and only then releases the P tickets.
+
+A dead background task ends the run by name: all of them live in one TaskGroup.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from raylign.errors import NumericsError, RewardError, StalenessError
+from raylign.types import (
+    RewardBreakdown,
+    RewardFailure,
+    RewardSample,
+    RolloutGroup,
+    RolloutStatus,
+    StepResult,
+    WeightVersion,
+)
+from rollout.buffer import TicketBuffer
+from rollout.engine import chunk_requests, join_parts
+from rollout.prompts import GroupTask, PromptStream
+from services.config import RunConfig
+from services.roles import Fleet, LearnerRole, Scorer
+from services.step_metrics import failed_samples, step_metrics
+
+
+class Observer(Protocol):
+    """What wants to know how the run goes: console, metrics, files. Called between awaits, so be quick."""
+
+    def stepped(self, step: int, metrics: Mapping[str, float], groups: Sequence[RolloutGroup]) -> None: ...
+
+    def evaluated(self, step: int, groups: Sequence[RolloutGroup]) -> None: ...
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Seconds by phase since the last step was logged."""
+
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    def add(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def drain(self) -> dict[str, float]:
+        drained, self.seconds = self.seconds, {}
+        return drained
+
+
+class Controller:
+    """One run over given roles. `save(step)` writes a checkpoint; `stop` ends the run at a step boundary."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        prompts: PromptStream,
+        heldout: Sequence[GroupTask],
+        fleet: Fleet,
+        scorer: Scorer,
+        learner: LearnerRole,
+        observer: Observer,
+        save: Callable[[int], Awaitable[None]],
+    ) -> None:
+        self._config = config
+        self._prompts = prompts
+        self._heldout = heldout
+        self._fleet = fleet
+        self._scorer = scorer
+        self._learner = learner
+        self._observer = observer
+        self._save = save
+        self._timeline = Timeline()
+        self._refused = 0
+        self.stop = asyncio.Event()
+        self.step = 0
+        """Last completed step."""
+
+    async def run(self, start_step: int) -> None:
+        """Go from a completed step to the end, or to `stop`. The last completed step is checkpointed either way."""
+        self.step = start_step
+        config = self._config
+        self._buffer = TicketBuffer[RolloutGroup](
+            config.groups_per_step, config.max_staleness, start_step * config.groups_per_step
+        )
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                background = tasks.create_task(self._produce(start_step), name="produce")
+                await self._learn(start_step)
+                background.cancel()
+        except* (RewardError, NumericsError):
+            # The cause stops the run, after its checkpoint.
+            await self._save(self.step)
+            raise
+
+    async def evaluate(self, step: int) -> None:
+        """Draw the held-out prompts with the current policy, score them, and tell the observer."""
+        samples = self._config.eval.samples_per_prompt
+        chunk = max(samples, self._config.chunk_size // samples * samples)
+        snapshot = await self._learner.publish(step, "current")
+        await self._fleet.pull(snapshot, "eval")
+        requests = chunk_requests(self._heldout, samples, chunk, "eval")
+        self._observer.evaluated(step, await self._make_groups(requests))
+
+    async def _produce(self, start_step: int) -> None:
+        config = self._config
+        first = start_step * config.groups_per_step
+        for sequence in range(first, config.num_steps * config.groups_per_step, config.chunk_prompts):
+            await self._buffer.reserve(config.chunk_prompts)
+            tasks = [self._prompts.task(sequence + place) for place in range(config.chunk_prompts)]
+            self._tasks.create_task(self._make_block(tasks), name=f"prompts {sequence}")
+
+    async def _make_block(self, tasks: Sequence[GroupTask]) -> None:
+        requests = chunk_requests(tasks, self._config.group_size, self._config.chunk_size)
+        for group in await self._make_groups(requests):
+            await self._buffer.put(group.sequence, group)
+
+    async def _make_groups(self, requests: Sequence[Any]) -> list[RolloutGroup]:
+        """Draw chunks, join the parts of each group, and score each group as soon as it is whole."""
+
+        async def drawn_and_scored(parts: Sequence[Any]) -> list[RolloutGroup]:
+            chunks = await asyncio.gather(*(self._fleet.generate(request) for request in parts))
+            joined = [join_parts([chunk[place] for chunk in chunks]) for place in range(len(chunks[0]))]
+            return await self._score(joined)
+
+        whole: dict[int, list[Any]] = {}
+        for request in requests:
+            whole.setdefault(request.tasks[0].sequence, []).append(request)
+        groups = await asyncio.gather(*(drawn_and_scored(parts) for parts in whole.values()))
+        return [group for some in groups for group in some]
+
+    async def _score(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        """Rewards for every sample that was drawn; a sample that was not has an error in place of a reward."""
+        samples = [
+            RewardSample(
+                id=f"{group.prompt.id}/{group.visit}/{rollout.key.sample_index}",
+                prompt=group.prompt,
+                image_HWC=None if group.images_GHWC is None else group.images_GHWC[place],
+            )
+            for group in groups
+            for place, rollout in enumerate(group.rollouts)
+            if rollout.status is RolloutStatus.OK
+        ]
+        started_s = time.perf_counter()
+        scores = iter(await self._scorer.score(samples))
+        share = (time.perf_counter() - started_s) / len(groups)
+        scored: list[RolloutGroup] = []
+        for group in groups:
+            rewards = [next(scores) if r.status is RolloutStatus.OK else _not_drawn() for r in group.rollouts]
+            scored.append(group.with_rewards(rewards, share))
+        return scored
+
+    async def _learn(self, start_step: int) -> None:
+        config = self._config
+        hand_off = self._tasks.create_task(self._hand_off(start_step, first=True), name="first hand-off")
+        for step in range(start_step + 1, config.num_steps + 1):
+            started_s = time.perf_counter()
+            groups = await self._take_or_stop()
+            if groups is None:
+                break
+            self._timeline.add("rollout", time.perf_counter() - started_s)
+            check_age(groups, step - 1, config.max_staleness)
+            self._check_failures(groups, step)
+            metrics = await self._train(groups, step, hand_off)
+            hand_off = self._tasks.create_task(self._hand_off(step), name=f"hand-off of version {step}")
+            if config.max_staleness == 0:
+                await hand_off
+            self.step = step
+            self._log(step, metrics, groups, time.perf_counter() - started_s)
+            if step % config.checkpoint.every_steps == 0 and step < config.num_steps:
+                await hand_off
+                await self._save(step)
+        await hand_off
+        await self._save(self.step)
+
+    async def _take_or_stop(self) -> list[RolloutGroup] | None:
+        """The next step's groups, or None when a stop was asked for; nothing has been trained on then."""
+        take = asyncio.ensure_future(self._buffer.take(self._config.groups_per_step))
+        stop = asyncio.ensure_future(self.stop.wait())
+        try:
+            await asyncio.wait((take, stop), return_when=asyncio.FIRST_COMPLETED)
+            if self.stop.is_set():
+                return None
+            return take.result()
+        finally:
+            take.cancel()
+            stop.cancel()
+
+    async def _train(
+        self, groups: Sequence[RolloutGroup], step: int, hand_off: asyncio.Task[None]
+    ) -> dict[str, float]:
+        """One step of the learner: credit, then gradients and updates. Old weights are out before they change."""
+        metrics: dict[str, float] = {}
+        with _timed(self._timeline, "credit"):
+            metrics |= await self._learner.begin_step([group.without_images() for group in groups], step)
+        results: list[StepResult] = []
+        for update in range(self._config.learner.updates_per_step):
+            with _timed(self._timeline, "train"):
+                await self._learner.forward_backward(update)
+            await hand_off
+            with _timed(self._timeline, "train"):
+                results.append(await self._learner.optimise(update))
+        metrics |= await self._learner.end_step(step)
+        for name in {name for result in results for name in result.metrics}:
+            values = [result.metrics[name] for result in results if name in result.metrics]
+            metrics[name] = sum(values) / len(values)
+        self._count_refused(results, step, metrics)
+        return metrics
+
+    def _count_refused(self, results: Sequence[StepResult], step: int, metrics: dict[str, float]) -> None:
+        refused = sum(not result.finite for result in results)
+        metrics["failed/refused_updates"] = float(refused)
+        self._refused = self._refused + 1 if refused == len(results) else 0
+        if self._refused >= self._config.max_refused_steps:
+            raise NumericsError(
+                f"{self._refused} steps in a row up to step {step} had a loss or gradient that is not finite and were "
+                "refused; the weights are the last good ones. Lower learner.lr or learner.grad_clip, then resume"
+            )
+
+    def _check_failures(self, groups: Sequence[RolloutGroup], step: int) -> None:
+        failed, cause = failed_samples(groups)
+        total = sum(group.group_size for group in groups)
+        if failed > self._config.max_failed_fraction * total:
+            raise RewardError(
+                f"step {step}: {failed} of {total} samples have no reward, more than max_failed_fraction = "
+                f"{self._config.max_failed_fraction}; the first cause: {cause}. Mend the reward, then `raylign resume`"
+            )
+
+    async def _hand_off(self, version: WeightVersion, first: bool = False) -> None:
+        config = self._config
+        with _timed(self._timeline, "publish"):
+            snapshot = await self._learner.publish(version, "rollout")
+        with _timed(self._timeline, "pull"):
+            await self._fleet.pull(snapshot, "rollout")
+        due = version % config.eval.every_steps == 0 or version == config.num_steps
+        if self._heldout and due and not (first and version > 0):
+            with _timed(self._timeline, "evaluate"):
+                await self.evaluate(version)
+        if not first:
+            await self._buffer.release(config.groups_per_step)
+
+    def _log(self, step: int, metrics: Mapping[str, float], groups: Sequence[RolloutGroup], seconds: float) -> None:
+        phases = self._timeline.drain()
+        everything = step_metrics(groups, step, phases, seconds) | dict(metrics)
+        self._observer.stepped(step, everything, groups)
+
+
+def check_age(groups: Sequence[RolloutGroup], newest: WeightVersion, max_staleness: int) -> None:
+    """Raise StalenessError if a group was drawn with weights more than `max_staleness` versions old."""
+    for group in groups:
+        age = newest - group.min_version
+        if age > max_staleness:
+            raise StalenessError(
+                f"group {group.sequence} of prompt {group.prompt.id!r} is {age} versions old, max_staleness is "
+                f"{max_staleness}; this is a bug in the buffer, please report it"
+            )
+
+
+def _not_drawn() -> RewardBreakdown:
+    failure = RewardFailure("invalid_input", "the sampler's final state is not finite, so there is nothing to score")
+    return RewardBreakdown(None, (), failure)
+
+
+class _timed:
+    """Adds a block's wall time to a timeline."""
+
+    def __init__(self, timeline: Timeline, phase: str) -> None:
+        self._timeline, self._phase = timeline, phase
+
+    def __enter__(self) -> None:
+        self._started_s = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._timeline.add(self._phase, time.perf_counter() - self._started_s)

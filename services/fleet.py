@@ -1,0 +1,184 @@
+"""The rollout fleet on Ray: a queue of chunks over actors that may die and come back.
+
+RLlib's FaultTolerantActorManager keeps the actors' health, in-flight calls and restarts; this file adds what a
+rollout fleet needs on top: chunks go to whichever actor is free, a chunk whose actor died goes to another
+(samples are keyed, so the result is the same), and an actor that came back pulls the newest weights before it
+works. The manager's own LearnerGroup is not used: RLlib's learners eat episodes, ours eats rollout groups.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayActorError, WorkerCrashedError
+from ray.rllib.utils.actor_manager import FaultTolerantActorManager
+
+from raylign.errors import ClusterError
+from raylign.types import RolloutGroup
+from rollout.engine import ChunkRequest, Slot
+from services.roles import SnapshotHandle
+
+# A second chunk waits at each actor, so that it never idles for a round trip.
+_IN_FLIGHT_PER_ACTOR = 2
+_POLL_S = 0.002
+_PROBE_EVERY_S = 1.0
+_PROBE_TIMEOUT_S = 0.2
+# A lost actor reloads its model; a whole fleet lost for this long will not come back by itself.
+_FLEET_LOST_AFTER_S = 300.0
+_DEATHS = (RayActorError, ActorDiedError, ActorUnavailableError, WorkerCrashedError, ObjectLostError)
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call on its way to an actor; `actor_id` is fixed for pulls and free for chunks."""
+
+    verb: str
+    kwargs: dict[str, Any]
+    future: asyncio.Future[Any]
+    actor_id: int | None = None
+
+
+@dataclass(slots=True)
+class _Pool:
+    """Calls not yet sent, and calls sent, by tag."""
+
+    waiting: deque[_Call] = field(default_factory=deque)
+    sent: dict[str, _Call] = field(default_factory=dict)
+
+
+class RayFleet:
+    """A Fleet of worker actors; see the module."""
+
+    def __init__(self, actors: Sequence[ActorHandle]) -> None:
+        self._manager = FaultTolerantActorManager(
+            list(actors), max_remote_requests_in_flight_per_actor=_IN_FLIGHT_PER_ACTOR
+        )
+        self._pool = _Pool()
+        self._snapshots: dict[Slot, SnapshotHandle] = {}
+        self._tags = (f"call-{n}" for n in itertools.count())
+        self._pump_task: asyncio.Task[None] | None = None
+        self._next_probe_s = 0.0
+        self._last_healthy_s = time.monotonic()
+
+    async def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
+        return await self._submit("generate", {"request": request})
+
+    async def pull(self, snapshot: SnapshotHandle, slot: Slot) -> None:
+        """Every healthy actor loads it; one that is away pulls it when it comes back."""
+        self._snapshots[slot] = snapshot
+        healthy = self._manager.healthy_actor_ids()
+        kwargs = {"snapshot": snapshot, "slot": slot}
+        await asyncio.gather(*(self._submit("pull", kwargs, actor_id) for actor_id in healthy))
+
+    @property
+    def num_restarts(self) -> int:
+        """How often an actor came back."""
+        return self._manager.total_num_restarts()
+
+    async def close(self) -> None:
+        if self._pump_task is not None:
+            self._pump_task.cancel()
+            await asyncio.gather(self._pump_task, return_exceptions=True)
+        self._manager.clear()
+
+    async def _submit(self, verb: str, kwargs: dict[str, Any], actor_id: int | None = None) -> Any:
+        call = _Call(verb, kwargs, asyncio.get_running_loop().create_future(), actor_id)
+        self._pool.waiting.append(call)
+        if self._pump_task is None or self._pump_task.done():
+            self._pump_task = asyncio.create_task(self._pump(), name="rollout fleet")
+        return await call.future
+
+    async def _pump(self) -> None:
+        """Send, fetch and restore until nothing is left to do. Only this task touches the manager's calls."""
+        try:
+            while self._pool.waiting or self._pool.sent:
+                self._restore()
+                self._send()
+                self._fetch()
+                await asyncio.sleep(_POLL_S)
+        except Exception as error:  # whatever stops the pump must reach those who wait on it, not hang them
+            for call in [*self._pool.waiting, *self._pool.sent.values()]:
+                if not call.future.done():
+                    call.future.set_exception(error)
+            self._pool = _Pool()
+
+    def _send(self) -> None:
+        """Hand waiting calls to actors: pulls to theirs at once, chunks to the least busy with room."""
+        load = {actor_id: 0 for actor_id in self._manager.healthy_actor_ids()}
+        for call in self._pool.sent.values():
+            if call.verb == "generate" and call.actor_id in load:
+                load[call.actor_id] += 1
+        held: deque[_Call] = deque()
+        while self._pool.waiting:
+            call = self._pool.waiting.popleft()
+            if call.future.cancelled():
+                continue
+            if call.verb == "pull":
+                self._dispatch(call, call.actor_id)
+                continue
+            actor_id = min(load, key=lambda a: (load[a], a), default=None)
+            if actor_id is None or load[actor_id] >= _IN_FLIGHT_PER_ACTOR:
+                held.append(call)
+                break
+            load[actor_id] += 1
+            self._dispatch(call, actor_id)
+        self._pool.waiting.extendleft(reversed(held))
+
+    def _dispatch(self, call: _Call, actor_id: int | None) -> None:
+        call.actor_id = actor_id
+        tag = next(self._tags)
+        sent = actor_id is not None and self._manager.foreach_actor_async(
+            call.verb, tag=tag, kwargs=call.kwargs, remote_actor_ids=[actor_id]
+        )
+        if sent:
+            self._pool.sent[tag] = call
+        elif call.verb == "pull":
+            # The actor died since; it will pull when it is back.
+            call.future.set_result(None)
+        else:
+            self._pool.waiting.append(call)
+
+    def _fetch(self) -> None:
+        for result in self._manager.fetch_ready_async_reqs(timeout_seconds=0.0):
+            call = self._pool.sent.pop(result.tag, None)
+            if call is None or call.future.done():
+                continue
+            outcome = result.get()
+            if result.ok:
+                call.future.set_result(outcome)
+            elif not isinstance(outcome, _DEATHS):
+                # An error of the work itself would come again on any actor: it ends the run.
+                call.future.set_exception(outcome)
+            elif call.verb == "pull":
+                call.future.set_result(None)
+            else:
+                call.actor_id = None
+                self._pool.waiting.appendleft(call)
+
+    def _restore(self) -> None:
+        """Bring actors back that Ray restarted, with the newest weights of every slot first in their queue."""
+        now = time.monotonic()
+        if self._manager.num_healthy_actors() == self._manager.num_actors():
+            self._last_healthy_s = now
+            return
+        if self._manager.num_healthy_actors():
+            self._last_healthy_s = now
+        elif now - self._last_healthy_s > _FLEET_LOST_AFTER_S:
+            raise ClusterError(
+                f"all {self._manager.num_actors()} rollout actors have been away for {_FLEET_LOST_AFTER_S:.0f} s; "
+                "look at the cluster's nodes and the actors' logs, then `raylign resume`"
+            )
+        if now < self._next_probe_s:
+            return
+        self._next_probe_s = now + _PROBE_EVERY_S
+        for actor_id in self._manager.probe_unhealthy_actors(timeout_seconds=_PROBE_TIMEOUT_S, mark_healthy=True):
+            for slot, snapshot in self._snapshots.items():
+                future = asyncio.get_running_loop().create_future()
+                self._dispatch(_Call("pull", {"snapshot": snapshot, "slot": slot}, future), actor_id)

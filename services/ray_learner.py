@@ -1,0 +1,61 @@
+"""The central learner on Ray: one actor per rank, every verb called on all of them, rank 0's answer taken."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from raylign.types import RolloutGroup, StepResult, WeightVersion
+from services.roles import WhichPolicy
+
+
+class RayLearner:
+    """A LearnerRole over worker actors; `ranks[0]` publishes, saves and answers."""
+
+    def __init__(self, ranks: Sequence[ActorHandle]) -> None:
+        self._ranks = tuple(ranks)
+
+    async def begin_step(self, groups: Sequence[RolloutGroup], step: int) -> Mapping[str, float]:
+        return await self._call("begin_step", ray.put(list(groups)), step)
+
+    async def forward_backward(self, update: int) -> None:
+        await self._call("forward_backward", update)
+
+    async def optimise(self, update: int) -> StepResult:
+        return await self._call("optimise", update)
+
+    async def end_step(self, step: int) -> Mapping[str, float]:
+        return await self._call("end_step", step)
+
+    async def publish(self, version: WeightVersion, which: WhichPolicy) -> ray.ObjectRef:
+        """A reference: the snapshot itself goes from the learner's node straight to the actors."""
+        reference = self._ranks[0].learner_call.remote("publish", version, which)
+        await _ready(reference)
+        return reference
+
+    async def save(self, folder: Path, record: Mapping[str, Any]) -> None:
+        await self._ranks[0].save.remote(str(folder), dict(record))
+
+    async def load(self, folder: Path) -> None:
+        await asyncio.gather(*(rank.load.remote(str(folder)) for rank in self._ranks))
+
+    async def weights_sha256(self) -> str:
+        return await self._ranks[0].learner_call.remote("weights_sha256")
+
+    async def _call(self, verb: str, *args: Any) -> Any:
+        answers = await asyncio.gather(*(rank.learner_call.remote(verb, *args) for rank in self._ranks))
+        return answers[0]
+
+
+async def _ready(reference: ray.ObjectRef) -> None:
+    """Wait until an object exists, without fetching it here; an error in it is raised by whoever pulls it."""
+    while True:
+        ready, _ = ray.wait([reference], timeout=0, fetch_local=False)
+        if ready:
+            return
+        await asyncio.sleep(0.001)

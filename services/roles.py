@@ -1,0 +1,63 @@
+"""The three roles a run is made of, as its controller sees them; `topology.py` decides what plays each.
+
+A snapshot handle is whatever the learner's `publish` returned (the snapshot itself, or a reference into Ray's
+object store); the controller only passes it on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from raylign.types import RewardBreakdown, RewardSample, RolloutGroup, StepResult, WeightVersion
+from rollout.engine import ChunkRequest, Slot
+
+SnapshotHandle = Any
+WhichPolicy = Literal["rollout", "current"]
+
+
+class Fleet(Protocol):
+    """Rollout workers."""
+
+    async def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
+        """Draw one chunk on any worker."""
+        ...
+
+    async def pull(self, snapshot: SnapshotHandle, slot: Slot) -> None:
+        """Every worker verifies and loads a snapshot before its next chunk of that slot."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Scorer(Protocol):
+    """The reward models and their mix."""
+
+    async def score(self, samples: Sequence[RewardSample]) -> list[RewardBreakdown]:
+        """One breakdown per sample, in order; a failure is an error in it, never a number."""
+        ...
+
+
+class LearnerRole(Protocol):
+    """The central learner, on one rank or many. See `learner.learner.Learner` for what each verb does."""
+
+    async def begin_step(self, groups: Sequence[RolloutGroup], step: int) -> Mapping[str, float]: ...
+
+    async def forward_backward(self, update: int) -> None: ...
+
+    async def optimise(self, update: int) -> StepResult: ...
+
+    async def end_step(self, step: int) -> Mapping[str, float]: ...
+
+    async def publish(self, version: WeightVersion, which: WhichPolicy) -> SnapshotHandle: ...
+
+    async def save(self, folder: Path, record: Mapping[str, Any]) -> None:
+        """Write a checkpoint with the run's own record (step, prompt cursor, configuration hash) in it."""
+        ...
+
+    async def load(self, folder: Path) -> None:
+        """Restore a checkpoint."""
+        ...
+
+    async def weights_sha256(self) -> str: ...

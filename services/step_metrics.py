@@ -1,0 +1,97 @@
+"""Numbers of one step, from its groups: rewards, failures, ages, phases. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from raylign.types import RolloutGroup, RolloutStatus, WeightVersion
+
+
+def step_metrics(
+    groups: Sequence[RolloutGroup], version: WeightVersion, phases: Mapping[str, float], seconds: float
+) -> dict[str, float]:
+    """The step's line of metrics.jsonl, but for what the learner reports.
+
+    `phases` are wall seconds by phase of the loop; "evaluate" is left out of the throughput. "sample", "decode"
+    and "reward" come from the groups: busy seconds of the workers, which overlap each other on the wall.
+    """
+    metrics: dict[str, float] = {"weight_version": version}
+    metrics |= reward_metrics(groups, "reward")
+    busy: Counter[str] = Counter()
+    for group in groups:
+        busy.update(group.seconds)
+    metrics |= {f"busy/{phase}_s": value for phase, value in busy.items()}
+    metrics |= {f"time/{phase}_s": value for phase, value in phases.items()}
+    metrics["time/step_s"] = seconds
+    accounted = sum(value for phase, value in phases.items())
+    metrics["time/other_s"] = max(0.0, seconds - accounted)
+    num_samples = sum(group.group_size for group in groups)
+    metrics["throughput/samples_per_s"] = num_samples / max(seconds - phases.get("evaluate", 0.0), 1e-9)
+    metrics["staleness/max"] = max(version - 1 - group.min_version for group in groups)
+    for status in RolloutStatus:
+        if status is not RolloutStatus.OK:
+            metrics[f"failed/{status}"] = sum(r.status is status for g in groups for r in g.rollouts)
+    return metrics
+
+
+def reward_metrics(groups: Sequence[RolloutGroup], prefix: str) -> dict[str, float]:
+    """Means over samples that have them: `<prefix>/mean`, `<prefix>/<name>`, and numeric details.
+
+    A detail that is a boolean or a number, such as OCR's "exact", becomes `<prefix>/<name>/<detail>`.
+    """
+    values: dict[str, list[float]] = {}
+    for rollout in (rollout for group in groups for rollout in group.rollouts):
+        if rollout.reward is None:
+            continue
+        if rollout.reward.total is not None:
+            values.setdefault(f"{prefix}/mean", []).append(rollout.reward.total)
+        for score in rollout.reward.scores:
+            if score.value is None:
+                continue
+            values.setdefault(f"{prefix}/{score.name}", []).append(score.value)
+            for detail, value in score.details.items():
+                if isinstance(value, (bool, int, float)):
+                    values.setdefault(f"{prefix}/{score.name}/{detail}", []).append(float(value))
+    metrics = {name: statistics.fmean(numbers) for name, numbers in values.items()}
+    spreads = [statistics.pstdev(totals) for group in groups if len(totals := valid_totals(group)) > 1]
+    if spreads:
+        metrics[f"{prefix}/std_within_group"] = statistics.fmean(spreads)
+    return metrics
+
+
+def valid_totals(group: RolloutGroup) -> list[float]:
+    """The mixed rewards of the siblings that have one."""
+    return [rollout.total for rollout in group.rollouts if rollout.total is not None]
+
+
+def failed_samples(groups: Sequence[RolloutGroup]) -> tuple[int, str]:
+    """How many samples have no reward, and the first cause in words ("" if none)."""
+    failed, cause = 0, ""
+    for rollout in (rollout for group in groups for rollout in group.rollouts):
+        if rollout.status is RolloutStatus.OK:
+            continue
+        failed += 1
+        if not cause and rollout.reward is not None:
+            errors = [f"{s.name}: {s.error.code}: {s.error.message}" for s in rollout.reward.scores if s.error]
+            cause = errors[0] if errors else str(rollout.reward.failure and rollout.reward.failure.message)
+    return failed, cause
+
+
+def diversity(groups: Sequence[RolloutGroup]) -> float | None:
+    """Mean root-mean-square pixel distance, in [0, 1], between two samples of one prompt; None without pairs.
+
+    A reward that does not ask for variety lets it collapse, so it is shown next to the reward.
+    """
+    distances: list[float] = []
+    for group in groups:
+        if group.images_GHWC is None:
+            continue
+        pictures = group.images_GHWC.astype(np.float32).reshape(group.group_size, -1) / 255.0
+        for first in range(len(pictures)):
+            for second in range(first + 1, len(pictures)):
+                distances.append(float(np.sqrt(np.mean((pictures[first] - pictures[second]) ** 2))))
+    return statistics.fmean(distances) if distances else None

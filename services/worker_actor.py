@@ -1,0 +1,67 @@
+"""The one Ray actor shell: hosts a rollout engine, a learner rank, or (colocated) both. It only forwards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from learner.checkpoint import load_checkpoint, save_checkpoint
+from learner.parallel import RankGroup
+from raylign.types import RolloutGroup, WeightVersion
+from raylign.weights import WeightSnapshot
+from rollout.engine import ChunkRequest, Slot
+from services.assembly import build_engine, build_learner
+from services.config import RunConfig
+
+
+class Worker:
+    """See the module. `ping` and `apply` are what RLlib's FaultTolerantActorManager calls."""
+
+    def __init__(self, config: RunConfig, rollout: bool, rank: int | None) -> None:
+        self._config = config
+        self._rank = rank
+        self._engine = build_engine(config) if rollout else None
+        self._learner: Any = None
+
+    def ping(self) -> str:
+        return "pong"
+
+    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return func(self, *args, **kwargs)
+
+    def node(self) -> tuple[str, int]:
+        """This actor's address and process id."""
+        return ray.util.get_node_ip_address(), os.getpid()
+
+    def memory_bytes(self) -> int:
+        """Peak resident memory of this process."""
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    # Rollout
+    def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
+        return self._engine.generate(request)  # type: ignore[union-attr]  # called on rollout workers only
+
+    def pull(self, snapshot: WeightSnapshot, slot: Slot) -> WeightVersion:
+        return self._engine.pull(snapshot, slot)  # type: ignore[union-attr]
+
+    # Learner
+    def join_ranks(self, init_method: str) -> None:
+        """Build this rank's learner, once rank 0's address is known."""
+        ranks = RankGroup.connect(self._rank or 0, self._config.learner.num_ranks, init_method)
+        self._learner = build_learner(self._config, ranks)
+
+    def learner_call(self, verb: str, *args: Any) -> Any:
+        """Run one verb of the learner."""
+        return getattr(self._learner, verb)(*args)
+
+    def save(self, folder: str, record: Mapping[str, Any]) -> None:
+        save_checkpoint(Path(folder), self._learner.state_dict(), record)
+
+    def load(self, folder: str) -> None:
+        self._learner.load_state_dict(load_checkpoint(Path(folder)).state)
