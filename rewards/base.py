@@ -1,0 +1,119 @@
+"""What a reward is: a scorer of samples that answers every one of them, with a finite value or with an error.
+
+A reward knows nothing of Ray, HTTP or advantages. It is scored through `score_totally`, in this process and in a
+replica of the reward service alike, so both give the same answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+from pydantic import Field, model_validator
+
+from raylign.config import Config
+from raylign.types import JsonValue, Prompt, RewardFailure, RewardSample, RewardScore
+
+logger = logging.getLogger(__name__)
+
+FailureCode = Literal[
+    "invalid_input", "unparseable", "out_of_range", "truncated", "timeout", "overloaded", "model_error", "cancelled"
+]
+"""Every way to have no value; together with "ok" the statuses of the wire."""
+Modality = Literal["image", "text"]
+MAX_ASPECT = 64
+"""Longest side over shortest side; beyond it a picture is no picture but an attack on a resizer."""
+
+
+class RewardConfig(Config):
+    """What every reward's configuration has; a subclass adds `type` (a literal with a default) and its own keys."""
+
+    name: str = Field(default="", pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    """The reward's name in scores, metrics and the service; its type when not given. Unique in a run."""
+    weight: float = 1.0
+    """Its share in the mix; negative when lower values are better."""
+    required: bool = True
+    """Whether a sample fails when this reward fails; otherwise the others share its weight."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_type(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and not data.get("name"):
+            return {**data, "name": cls.model_fields["type"].default}
+        return data
+
+
+class Reward(Protocol):
+    """One reward. Adding one: a file with its config and class, and a row in `rewards/__init__.py`."""
+
+    name: str
+    version: str
+    """Changes whenever equal samples may score differently: rule, model and library versions."""
+    modality: Modality
+    range: tuple[float, float] | None
+    """Least and greatest value, or None when unbounded."""
+    higher_is_better: bool
+    deterministic: bool
+
+    def load(self) -> None:
+        """Build what is slow to build; `score` does so itself if nobody did."""
+        ...
+
+    def check(self, prompt: Prompt) -> None:
+        """Raise PromptError, naming the prompt and the remedy, if samples of this prompt can never be scored."""
+        ...
+
+    async def score(self, samples: Sequence[RewardSample]) -> list[RewardScore]:
+        """One score per sample, in order. A bad sample gets an error in its score and leaves the others alone."""
+        ...
+
+
+def success(
+    reward: Reward, value: float, seconds: float = 0.0, details: Mapping[str, JsonValue] | None = None
+) -> RewardScore:
+    """A reward's value for one sample."""
+    return RewardScore(
+        name=reward.name, value=value, version=reward.version, seconds=seconds, details=dict(details or {})
+    )
+
+
+def failure(reward: Reward, code: FailureCode, message: str, retryable: bool = False) -> RewardScore:
+    """A reward's error for one sample. The message may travel to clients: no exception text, no paths."""
+    return RewardScore(
+        name=reward.name, value=None, error=RewardFailure(code, message, retryable), version=reward.version
+    )
+
+
+def image_problem(sample: RewardSample) -> str | None:
+    """Why a sample has no usable picture (RGB, uint8, (height, width, 3), not empty), or None if it has one."""
+    image_HWC = sample.image_HWC
+    if image_HWC is None:
+        return "the sample has no image"
+    if image_HWC.dtype.name != "uint8" or image_HWC.ndim != 3 or image_HWC.shape[2] != 3:
+        return f"the image must be uint8 (height, width, 3), got {image_HWC.dtype.name} {image_HWC.shape}"
+    height, width = image_HWC.shape[:2]
+    if not height or not width or max(height, width) > MAX_ASPECT * min(height, width):
+        return f"the image must have sides within a factor of {MAX_ASPECT}, got {width}x{height}"
+    return None
+
+
+async def score_totally(reward: Reward, samples: Sequence[RewardSample]) -> list[RewardScore]:
+    """As `reward.score`, but a call that raises is repeated sample by sample and costs only those that raise alone.
+
+    The error names a log entry; the exception itself goes to the log and nowhere else.
+    """
+    if not samples:
+        return []
+    try:
+        scores = await reward.score(samples)
+        if len(scores) != len(samples):
+            raise ValueError(f"reward {reward.name!r} answered {len(samples)} samples with {len(scores)} scores")
+    except Exception:  # a scorer runs foreign models on any input; a failure there is a value here
+        if len(samples) > 1:
+            return [score for sample in samples for score in await score_totally(reward, [sample])]
+        log_id = uuid.uuid4().hex[:12]
+        logger.exception("reward %r failed on sample %r (log id %s)", reward.name, samples[0].id, log_id)
+        return [failure(reward, "model_error", f"the scorer failed; see its log, id {log_id}")]
+    return scores
