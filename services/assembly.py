@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from learner.algorithms import ALGORITHMS
 from learner.learner import Learner
 from learner.parallel import RankGroup
 from raylign.keys import derive_seed
@@ -21,14 +20,14 @@ def build_engine(config: RunConfig) -> RolloutEngine:
     torch.set_num_threads(config.rollout.num_threads)
     device = "cuda" if config.rollout.num_gpus > 0 else "cpu"
     policy = load_policy(
-        config.model, "rollout", device, config.rollout.precision, config.fold_lora, _adapter_seed(config)
+        config.model, "rollout", device, config.rollout.precision, config.fold_lora, adapter_seed(config)
     )
     evaluation = EulerOdeConfig(
         num_steps=config.eval.num_steps or config.sampler.num_steps,
         guidance_scale=config.eval.guidance_scale,
         shift=config.sampler.shift,
     )
-    needs = ALGORITHMS[type(config.algorithm)].needs
+    needs = config.algorithm.needs
     return RolloutEngine(
         policy,
         {
@@ -47,7 +46,7 @@ def build_learner(config: RunConfig, ranks: RankGroup) -> Learner:
     """One learner rank with the run's algorithm. Loads the trained network only."""
     torch.set_num_threads(config.learner.num_threads)
     device = "cuda" if config.learner.num_gpus_per_rank > 0 else "cpu"
-    policy = load_policy(config.model, "learner", device, "fp32", False, _adapter_seed(config))
+    policy = load_policy(config.model, "learner", device, "fp32", False, adapter_seed(config))
     return Learner(
         config.learner,
         config.algorithm,
@@ -60,5 +59,6 @@ def build_learner(config: RunConfig, ranks: RankGroup) -> Learner:
     )
 
 
-def _adapter_seed(config: RunConfig) -> int:
+def adapter_seed(config: RunConfig) -> int:
+    """Seed of a fresh adapter: the same in every actor and the learner."""
     return derive_seed(config.seed, "adapter")

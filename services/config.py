@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from learner.algorithms import ALGORITHMS, AlgorithmConfig, NftConfig
+from learner.algorithms import AlgorithmConfig, NftConfig
 from learner.learner import LearnerConfig
 from raylign.assets import find_config
 from raylign.config import Config, load_config
@@ -128,11 +128,11 @@ class RunConfig(Config):
         """Whether actors fold adapters; policy-ratio methods need the learner's exact arithmetic instead."""
         if self.rollout.fold_lora is not None:
             return self.rollout.fold_lora
-        return Needs.LOGPROBS not in ALGORITHMS[type(self.algorithm)].needs
+        return Needs.LOGPROBS not in self.algorithm.needs
 
     @model_validator(mode="after")
     def _refuse_impossible_pairs(self) -> RunConfig:
-        needs = ALGORITHMS[type(self.algorithm)].needs
+        needs = self.algorithm.needs
         if Needs.LOGPROBS in needs and not SAMPLERS[type(self.sampler)].stochastic:
             raise ValueError(
                 f"algorithm {self.algorithm.type!r} scores each step's log-prob, which the deterministic sampler "

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from raylign.types import (
     WeightVersion,
 )
 from rollout.buffer import TicketBuffer
-from rollout.engine import chunk_requests, join_parts
+from rollout.engine import ChunkRequest, chunk_requests, join_parts
 from rollout.prompts import GroupTask, PromptStream
 from services.config import RunConfig
 from services.roles import Fleet, LearnerRole, Scorer
@@ -82,6 +82,7 @@ class Controller:
         self._observer = observer
         self._save = save
         self._timeline = Timeline()
+        self._spawned: set[asyncio.Task[None]] = set()
         self._refused = 0
         self.stop = asyncio.Event()
         self.step = 0
@@ -94,16 +95,27 @@ class Controller:
         self._buffer = TicketBuffer[RolloutGroup](
             config.groups_per_step, config.max_staleness, start_step * config.groups_per_step
         )
+        await self._publish(start_step)
+        if start_step == 0:
+            await self._evaluate_if_due(0)
         try:
-            async with asyncio.TaskGroup() as tasks:
-                self._tasks = tasks
-                background = tasks.create_task(self._produce(start_step), name="produce")
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                self._spawn(self._produce(start_step), "produce")
                 await self._learn(start_step)
-                background.cancel()
+                for task in self._spawned:
+                    task.cancel()
         except* (RewardError, NumericsError):
             # The cause stops the run, after its checkpoint.
             await self._save(self.step)
             raise
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """A background task that ends the run if it dies."""
+        task = self._group.create_task(work, name=name)
+        self._spawned.add(task)
+        task.add_done_callback(self._spawned.discard)
+        return task
 
     async def evaluate(self, step: int) -> None:
         """Draw the held-out prompts with the current policy, score them, and tell the observer."""
@@ -120,22 +132,22 @@ class Controller:
         for sequence in range(first, config.num_steps * config.groups_per_step, config.chunk_prompts):
             await self._buffer.reserve(config.chunk_prompts)
             tasks = [self._prompts.task(sequence + place) for place in range(config.chunk_prompts)]
-            self._tasks.create_task(self._make_block(tasks), name=f"prompts {sequence}")
+            self._spawn(self._make_block(tasks), f"prompts {sequence}")
 
     async def _make_block(self, tasks: Sequence[GroupTask]) -> None:
         requests = chunk_requests(tasks, self._config.group_size, self._config.chunk_size)
         for group in await self._make_groups(requests):
             await self._buffer.put(group.sequence, group)
 
-    async def _make_groups(self, requests: Sequence[Any]) -> list[RolloutGroup]:
+    async def _make_groups(self, requests: Sequence[ChunkRequest]) -> list[RolloutGroup]:
         """Draw chunks, join the parts of each group, and score each group as soon as it is whole."""
 
-        async def drawn_and_scored(parts: Sequence[Any]) -> list[RolloutGroup]:
+        async def drawn_and_scored(parts: Sequence[ChunkRequest]) -> list[RolloutGroup]:
             chunks = await asyncio.gather(*(self._fleet.generate(request) for request in parts))
             joined = [join_parts([chunk[place] for chunk in chunks]) for place in range(len(chunks[0]))]
             return await self._score(joined)
 
-        whole: dict[int, list[Any]] = {}
+        whole: dict[int, list[ChunkRequest]] = {}
         for request in requests:
             whole.setdefault(request.tasks[0].sequence, []).append(request)
         groups = await asyncio.gather(*(drawn_and_scored(parts) for parts in whole.values()))
@@ -164,7 +176,7 @@ class Controller:
 
     async def _learn(self, start_step: int) -> None:
         config = self._config
-        hand_off = self._tasks.create_task(self._hand_off(start_step, first=True), name="first hand-off")
+        hand_off: asyncio.Task[None] | None = None
         for step in range(start_step + 1, config.num_steps + 1):
             started_s = time.perf_counter()
             groups = await self._take_or_stop()
@@ -174,7 +186,7 @@ class Controller:
             check_age(groups, step - 1, config.max_staleness)
             self._check_failures(groups, step)
             metrics = await self._train(groups, step, hand_off)
-            hand_off = self._tasks.create_task(self._hand_off(step), name=f"hand-off of version {step}")
+            hand_off = self._spawn(self._hand_off(step), f"hand-off of version {step}")
             if config.max_staleness == 0:
                 await hand_off
             self.step = step
@@ -182,7 +194,8 @@ class Controller:
             if step % config.checkpoint.every_steps == 0 and step < config.num_steps:
                 await hand_off
                 await self._save(step)
-        await hand_off
+        if hand_off is not None:
+            await hand_off
         await self._save(self.step)
 
     async def _take_or_stop(self) -> list[RolloutGroup] | None:
@@ -199,7 +212,7 @@ class Controller:
             stop.cancel()
 
     async def _train(
-        self, groups: Sequence[RolloutGroup], step: int, hand_off: asyncio.Task[None]
+        self, groups: Sequence[RolloutGroup], step: int, hand_off: asyncio.Task[None] | None
     ) -> dict[str, float]:
         """One step of the learner: credit, then gradients and updates. Old weights are out before they change."""
         metrics: dict[str, float] = {}
@@ -209,14 +222,15 @@ class Controller:
         for update in range(self._config.learner.updates_per_step):
             with _timed(self._timeline, "train"):
                 await self._learner.forward_backward(update)
-            await hand_off
+            if hand_off is not None:
+                await hand_off
             with _timed(self._timeline, "train"):
                 results.append(await self._learner.optimise(update))
-        metrics |= await self._learner.end_step(step)
         for name in {name for result in results for name in result.metrics}:
             values = [result.metrics[name] for result in results if name in result.metrics]
             metrics[name] = sum(values) / len(values)
         self._count_refused(results, step, metrics)
+        metrics |= await self._learner.end_step(step)
         return metrics
 
     def _count_refused(self, results: Sequence[StepResult], step: int, metrics: dict[str, float]) -> None:
@@ -238,18 +252,22 @@ class Controller:
                 f"{self._config.max_failed_fraction}; the first cause: {cause}. Mend the reward, then `raylign resume`"
             )
 
-    async def _hand_off(self, version: WeightVersion, first: bool = False) -> None:
-        config = self._config
+    async def _hand_off(self, version: WeightVersion) -> None:
+        await self._publish(version)
+        await self._evaluate_if_due(version)
+        await self._buffer.release(self._config.groups_per_step)
+
+    async def _publish(self, version: WeightVersion) -> None:
         with _timed(self._timeline, "publish"):
             snapshot = await self._learner.publish(version, "rollout")
         with _timed(self._timeline, "pull"):
             await self._fleet.pull(snapshot, "rollout")
-        due = version % config.eval.every_steps == 0 or version == config.num_steps
-        if self._heldout and due and not (first and version > 0):
+
+    async def _evaluate_if_due(self, version: WeightVersion) -> None:
+        last = version == self._config.num_steps
+        if self._heldout and (version % self._config.eval.every_steps == 0 or last):
             with _timed(self._timeline, "evaluate"):
                 await self.evaluate(version)
-        if not first:
-            await self._buffer.release(config.groups_per_step)
 
     def _log(self, step: int, metrics: Mapping[str, float], groups: Sequence[RolloutGroup], seconds: float) -> None:
         phases = self._timeline.drain()

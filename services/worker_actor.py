@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,15 +35,18 @@ class Worker:
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return func(self, *args, **kwargs)
 
-    def node(self) -> tuple[str, int]:
-        """This actor's address and process id."""
-        return ray.util.get_node_ip_address(), os.getpid()
+    def pid(self) -> int:
+        return os.getpid()
 
-    def memory_bytes(self) -> int:
+    def peak_memory_bytes(self) -> int:
         """Peak resident memory of this process."""
-        import resource
-
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def free_address(self) -> str:
+        """host:port on this node, for ranks to meet at."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
     # Rollout
     def generate(self, request: ChunkRequest) -> list[RolloutGroup]:

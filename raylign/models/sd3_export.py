@@ -1,0 +1,53 @@
+"""Writes a trained Stable Diffusion 3 policy as what diffusers loads by itself: a pipeline and a LoRA file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from raylign.assets import resolve
+from raylign.models.adapters import fold_lora
+from raylign.models.sd3 import LORA_TARGETS, Sd3Config, check_pipeline_folder, load_pipeline
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+
+
+def export_sd3(config: Sd3Config, tensors: Mapping[str, torch.Tensor], directory: Path, adapter_only: bool) -> None:
+    """Write trained tensors (named as `trainable_parameters` names them) to `directory`.
+
+    Whole pipeline: `StableDiffusion3Pipeline.from_pretrained(directory)` is the trained model. With a LoRA run
+    the adapter also lies in `directory/adapter` for `load_lora_weights` on the base; with `adapter_only` it is
+    written to `directory` itself and nothing else is.
+    """
+    folder = resolve(config.path)
+    check_pipeline_folder(folder)
+    directory.mkdir(parents=True, exist_ok=True)
+    if config.tuning == "lora":
+        _save_adapter(config, tensors, directory if adapter_only else directory / "adapter")
+        if adapter_only:
+            return
+    pipeline = load_pipeline(folder)
+    with torch.no_grad():
+        if config.tuning == "lora":
+            fold_lora(pipeline.transformer, tensors, config.lora.scale, {})
+        else:
+            for name, parameter in pipeline.transformer.named_parameters():
+                parameter.copy_(tensors[name])
+    pipeline.save_pretrained(str(directory))
+
+
+def _save_adapter(config: Sd3Config, tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
+    """A LoRA file in diffusers' layout. Its metadata carry rank and alpha, so that the scale survives."""
+    from diffusers import StableDiffusion3Pipeline
+
+    layers = {name.replace(".default.weight", ".weight"): tensor for name, tensor in tensors.items()}
+    metadata = {
+        "r": config.lora.rank,
+        "lora_alpha": config.lora.alpha,
+        "target_modules": list(config.lora.targets or LORA_TARGETS),
+    }
+    StableDiffusion3Pipeline.save_lora_weights(
+        str(directory), transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata
+    )

@@ -1,0 +1,166 @@
+"""The `raylign` command. Each command imports what it needs when it runs, so `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="raylign",
+    help="Post-train image diffusion models with reinforcement learning, on a laptop or a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="Where the run writes; a new folder in runs/.")]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", help="Ray cluster to join (`auto`, host:port). Starts a local one if absent.")
+]
+
+
+@app.command(context_settings=_OVERRIDES)
+def train(
+    context: typer.Context,
+    config: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped one.")] = "quickstart_image",
+    run_dir: RunDirOption = None,
+    address: AddressOption = None,
+) -> None:
+    """Train a model. Any configuration key can be set after the file, by its dotted name.
+
+    Example: `raylign train configs/quickstart_image.toml --learner.lr 1e-4 --rollout.num_actors 1`
+
+    Ctrl-C stops after the step in progress, with a checkpoint; again, at once.
+    """
+    overrides = parse_overrides(context.args)
+    from services.config import load_run_config
+    from services.run import train_run
+
+    raise typer.Exit(train_run(load_run_config(config, overrides), Path(config).stem, run_dir, address))
+
+
+@app.command()
+def resume(
+    run_dir: Annotated[Path, typer.Argument(help="The folder of a run that was stopped.")],
+    address: AddressOption = None,
+) -> None:
+    """Go on with a run exactly where its last checkpoint was written."""
+    from services.run import resume_run
+
+    raise typer.Exit(resume_run(run_dir, address))
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    directory: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+    adapter_only: Annotated[bool, typer.Option(help="Write only the LoRA adapter, not the whole pipeline.")] = False,
+) -> None:
+    """Write the trained model as a directory that diffusers loads by itself."""
+    from services.export import export_run
+
+    export_run(run_dir, directory, adapter_only)
+
+
+@app.command(context_settings=_OVERRIDES)
+def evaluate(
+    context: typer.Context,
+    target: Annotated[Path, typer.Argument(help="The folder of a run, or of a model.")],
+    config: Annotated[str | None, typer.Argument(help="Configuration; a run's own if not given.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Also write a grid of the pictures here (PNG).")] = None,
+) -> None:
+    """Score the held-out prompts with the deterministic (ODE) and the stochastic (SDE) sampler."""
+    from services.evaluate import evaluate_target
+
+    overrides = parse_overrides(context.args)
+    evaluate_target(target, config, overrides, pictures)
+
+
+@app.command()
+def pretrain(
+    name: Annotated[str, typer.Argument(help="What to make: `glyphs`, the tiny SD3 of the quickstart.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the model; must not exist or be empty.")],
+    seed: Annotated[int, typer.Option(help="Seeds data, weights and training.")] = 0,
+) -> None:
+    """Make a small model from nothing: the base that the quickstart starts from."""
+    from services.pretrain import pretrain_model
+
+    pretrain_model(name, out, seed)
+
+
+@app.command("serve-rewards")
+def serve_rewards(
+    config: Annotated[str, typer.Argument(help="A TOML file with [[rewards]] and [service].")] = "rewards_cpu",
+) -> None:
+    """Serve reward models over HTTP until Ctrl-C."""
+    from raylign.assets import find_config
+    from raylign.config import load_config
+    from services.reward_app import run_reward_server
+    from services.reward_config import RewardServerConfig
+
+    run_reward_server(load_config(RewardServerConfig, find_config(config)))
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
+    """Write the run's report: one HTML page with curves, pictures and settings."""
+    from services.report import write_report
+
+    typer.echo(f"Report: {write_report(run_dir)}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, what it lacks for Raylign, and what to do."""
+    from services.doctor import print_diagnosis
+
+    raise typer.Exit(print_diagnosis())
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """`--learner.lr 1e-4 --seed=3` as {"learner.lr": "1e-4", "seed": "3"}; hyphens in keys become underscores.
+
+    Raises ConfigError for an argument without a key, or a key without a value.
+    """
+    from raylign.errors import ConfigError
+
+    overrides: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            raise ConfigError(f"unexpected argument {argument!r}; configuration keys are given as --key value")
+        key, equals, value = argument[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"--{key} needs a value: --{key} VALUE")
+            value = rest.pop(0)
+        overrides[key.replace("-", "_")] = value
+    return overrides
+
+
+def main() -> None:
+    """Entry point: Raylign's own errors are printed without a traceback, exit code 1; Ctrl-C is 130."""
+    from services.process import prepare_environment
+
+    prepare_environment()
+    from raylign.errors import RaylignError
+
+    try:
+        app()
+    except RaylignError as error:
+        print(f"raylign: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("raylign: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

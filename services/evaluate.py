@@ -1,0 +1,126 @@
+"""`raylign evaluate`: held-out rewards of a run or a model with the ODE and the SDE sampler, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from learner.checkpoint import latest_checkpoint, read_manifest
+from raylign.assets import resolve
+from raylign.errors import ConfigError
+from raylign.models import load_policy
+from raylign.samplers import make_sampler
+from raylign.samplers.euler_ode import EulerOdeConfig
+from raylign.samplers.flow_sde import FlowSdeConfig
+from raylign.types import Needs, RewardSample, RolloutGroup
+from raylign.weights import WeightSnapshot, make_snapshot
+from rewards import RewardMix, make_mix
+from rollout.engine import RolloutEngine, SamplerSetup, Slot, chunk_requests
+from rollout.prompts import GroupTask, load_prompts
+from services.assembly import adapter_seed
+from services.config import RunConfig, load_run_config, read_resolved_config
+from services.export import trained_tensors
+from services.pictures import Caption, grid, save_png
+from services.run_dir import RunDir
+from services.step_metrics import diversity, reward_metrics
+
+_SLOTS: tuple[tuple[str, Slot], ...] = (("ode", "eval"), ("sde", "rollout"))
+
+
+def evaluate_target(
+    target: Path, config_name: str | None, overrides: Mapping[str, str], pictures: Path | None
+) -> dict[str, dict[str, float]]:
+    """Score the held-out prompts of a configuration with a run's newest weights, or with a model's own.
+
+    Prints a table, then the same as one JSON line; returns it. Raises RaylignError for what does not fit.
+    """
+    is_run = (target / "config.toml").is_file()
+    if config_name is not None or not is_run:
+        config = load_run_config(config_name or "quickstart_image", overrides)
+    else:
+        config = read_resolved_config(target / "config.toml")
+    if config.prompts.heldout is None:
+        raise ConfigError("evaluate needs held-out prompts; set prompts.heldout in the configuration")
+    snapshot = None
+    if is_run:
+        tensors = trained_tensors(target)
+        manifest = read_manifest(latest_checkpoint(RunDir(target).checkpoints) or target)
+        kind = "adapter" if config.model.tuning == "lora" else "full"
+        snapshot = make_snapshot(tensors, manifest.step, kind, config.model.lora.scale)
+    else:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(target)})})
+    results = _evaluate(config, snapshot, pictures)
+    _print_table(results)
+    print(json.dumps(results))
+    return results
+
+
+def _evaluate(
+    config: RunConfig, snapshot: WeightSnapshot | None, pictures: Path | None
+) -> dict[str, dict[str, float]]:
+    policy = load_policy(config.model, "rollout", seed=adapter_seed(config))
+    num_steps = config.eval.num_steps or config.sampler.num_steps
+    shared = {"num_steps": num_steps, "guidance_scale": config.eval.guidance_scale, "shift": config.sampler.shift}
+    sde = config.sampler if isinstance(config.sampler, FlowSdeConfig) else FlowSdeConfig()
+    samplers = {"eval": EulerOdeConfig(**shared), "rollout": FlowSdeConfig(**shared, noise_level=sde.noise_level)}
+    engine = RolloutEngine(
+        policy,
+        {
+            slot: SamplerSetup(make_sampler(sampler, policy.schedule_shift), config.eval.guidance_scale, Needs.FINAL)
+            for slot, sampler in samplers.items()
+        },
+        config.seed,
+    )
+    weights = snapshot or policy.export_weights(0)
+    prompts = load_prompts(resolve(str(config.prompts.heldout)))[: config.eval.num_prompts]
+    tasks = [GroupTask(prompt, -1, place) for place, prompt in enumerate(prompts)]
+    scorer = make_mix(config.rewards)
+    results: dict[str, dict[str, float]] = {}
+    for name, slot in _SLOTS:
+        engine.pull(weights, slot)
+        groups = asyncio.run(_score_all(engine, scorer, tasks, config.eval.samples_per_prompt, slot, name))
+        results[name] = {key.removeprefix("eval/"): value for key, value in reward_metrics(groups, "eval").items()}
+        spread = diversity(groups)
+        if spread is not None:
+            results[name]["diversity"] = spread
+        if pictures is not None:
+            _save_pictures(pictures.with_stem(f"{pictures.stem}_{name}"), groups)
+    return results
+
+
+async def _score_all(
+    engine: RolloutEngine, scorer: RewardMix, tasks: Sequence[GroupTask], samples: int, slot: Slot, name: str
+) -> list[RolloutGroup]:
+    groups: list[RolloutGroup] = []
+    for request in track(chunk_requests(tasks, samples, samples * 4, slot), description=f"{name} sampler"):
+        for group in engine.generate(request):
+            images = group.images_GHWC
+            assert images is not None, "the engine always decodes"
+            batch = [
+                RewardSample(f"{group.prompt.id}/{place}", group.prompt, image) for place, image in enumerate(images)
+            ]
+            groups.append(group.with_rewards(await scorer.score(batch)))
+    return groups
+
+
+def _save_pictures(path: Path, groups: Sequence[RolloutGroup]) -> None:
+    images = [image for group in groups[:16] if group.images_GHWC is not None for image in group.images_GHWC]
+    captions = [
+        Caption("no reward" if rollout.total is None else f"{rollout.total:.2f}")
+        for group in groups[:16]
+        for rollout in group.rollouts
+    ]
+    save_png(path, grid(images, captions, columns=8))
+
+
+def _print_table(results: Mapping[str, Mapping[str, float]]) -> None:
+    table = Table("held-out", *results)
+    for metric in dict.fromkeys(metric for values in results.values() for metric in values):
+        table.add_row(metric, *(f"{values[metric]:.4f}" if metric in values else "" for values in results.values()))
+    Console().print(table)

@@ -1,0 +1,241 @@
+"""A run from start to end: directory, cluster, roles, loop, checkpoints, and what is left when it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from learner.checkpoint import CheckpointManifest, latest_checkpoint, prune_checkpoints, read_manifest
+from raylign.assets import resolve
+from raylign.errors import CheckpointError, ConfigError, RaylignError
+from raylign.metrics import make_sinks
+from raylign.types import Prompt
+from rewards import make_reward
+from rollout.prompts import GroupTask, PromptStream, load_prompts
+from services.config import RunConfig, read_resolved_config
+from services.console import RunConsole
+from services.controller import Controller
+from services.observer import RunObserver
+from services.report import write_report
+from services.run_dir import RunDir, config_toml
+from services.topology import Topology, build, check_cluster, required_resources
+
+EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
+_SINKS = ("jsonl", "tensorboard")
+
+
+@dataclass(slots=True)
+class _Run:
+    """What one run needs at hand while it goes."""
+
+    config: RunConfig
+    folder: RunDir
+    console: RunConsole
+    prompts: list[Prompt]
+    heldout: list[GroupTask]
+    resumed: CheckpointManifest | None
+    earlier: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The summary of the part before a resumption."""
+    status: str = "failed"
+
+
+def train_run(config: RunConfig, config_name: str, run_dir: Path | None, address: str | None) -> int:
+    """Run a configuration in a new directory; returns the exit code. Raises RaylignError for bad input."""
+    with RunDir.create(run_dir, config_name) as folder:
+        folder.write_config(config)
+        return _go(config, folder, None, address)
+
+
+def resume_run(path: Path, address: str | None) -> int:
+    """Go on from a run's newest checkpoint; returns the exit code. A finished run is left as it is."""
+    with RunDir.open(path) as folder:
+        config = read_resolved_config(folder.config)
+        checkpoint = latest_checkpoint(folder.checkpoints)
+        if checkpoint is None:
+            raise CheckpointError(f"{path} has no checkpoint to go on from; start anew with `raylign train`")
+        manifest = read_manifest(checkpoint)
+        if manifest.config_sha256 != config_sha256(config):
+            raise CheckpointError(
+                f"{folder.config} is not the configuration that {checkpoint.name} was made with; put it back, or "
+                "start a new run"
+            )
+        if manifest.step >= config.num_steps:
+            RunConsole().note(f"{path} is finished: step {manifest.step} of {config.num_steps}; nothing to do")
+            return EXIT_OK
+        return _go(config, folder, manifest, address)
+
+
+def config_sha256(config: RunConfig) -> str:
+    """Identity of a configuration, for checkpoints."""
+    return hashlib.sha256(config_toml(config).encode()).hexdigest()
+
+
+def _go(config: RunConfig, folder: RunDir, resumed: CheckpointManifest | None, address: str | None) -> int:
+    started_s = time.monotonic()
+    prompts, heldout = _load_prompts(config)
+    with RunConsole() as console:
+        run = _Run(config, folder, console, prompts, heldout, resumed, folder.read_summary() if resumed else {})
+        try:
+            with _cluster(config, folder.path, address, console):
+                asyncio.run(_drive(run, started_s))
+        except BaseExceptionGroup as group:
+            error = _first_cause(group)
+            console.failed(error, folder.path)
+            if not isinstance(error, RaylignError):
+                raise error from group
+            return EXIT_FAILED
+        except RaylignError as error:
+            console.failed(error, folder.path)
+            return EXIT_FAILED
+        except KeyboardInterrupt:
+            console.failed(KeyboardInterrupt("interrupted before the step was done"), folder.path)
+            return EXIT_INTERRUPTED
+        write_report(folder.path)
+        console.finish(folder.read_summary(), folder.path)
+        return EXIT_OK if run.status == "finished" else EXIT_INTERRUPTED
+
+
+def _load_prompts(config: RunConfig) -> tuple[list[Prompt], list[GroupTask]]:
+    """Training prompts and held-out tasks, each checked by every required reward before anything starts."""
+    prompts = load_prompts(resolve(config.prompts.train))
+    heldout: list[Prompt] = []
+    if config.prompts.heldout is not None:
+        heldout = load_prompts(resolve(config.prompts.heldout))[: config.eval.num_prompts]
+    for reward in (make_reward(reward) for reward in config.rewards if reward.required):
+        for prompt in (*prompts, *heldout):
+            reward.check(prompt)
+    return prompts, [GroupTask(prompt, -1, place) for place, prompt in enumerate(heldout)]
+
+
+@contextmanager
+def _cluster(config: RunConfig, folder: Path, address: str | None, console: RunConsole) -> Iterator[None]:
+    """The Ray cluster of the run: none, a local one of its own, or one that is joined."""
+    if config.placement == "in_process":
+        if address is not None:
+            raise ConfigError("--address was given, but placement = 'in_process' uses no cluster; choose 'separate'")
+        yield
+        return
+    from services.process import join_cluster, local_cluster
+
+    with ExitStack() as stack:
+        if address is not None:
+            with console.phase("joining the Ray cluster"):
+                stack.enter_context(join_cluster(address))
+        else:
+            # Phases take turns at staleness 0, so a small machine may well hold more processes than cores.
+            num_cpus = max(os.cpu_count() or 1, math.ceil(required_resources(config)["CPU"]))
+            with console.phase("Ray cluster"):
+                stack.enter_context(local_cluster(num_cpus, folder))
+        check_cluster(config)
+        yield
+
+
+async def _drive(run: _Run, started_s: float) -> None:
+    topology = await build(run.config, run.console.phase)
+    try:
+        await _train(run, topology, started_s)
+    finally:
+        await topology.close()
+
+
+async def _train(run: _Run, topology: Topology, started_s: float) -> None:
+    config, folder, resumed = run.config, run.folder, run.resumed
+    start_step = resumed.step if resumed is not None else 0
+    if resumed is not None:
+        with run.console.phase(f"checkpoint of step {start_step}"):
+            await topology.learner.load(resumed.path)
+    sinks = make_sinks(_SINKS, folder.path, start_step if resumed is not None else None)
+    observer = RunObserver(folder, sinks, run.console, float(run.earlier.get("total_s", 0.0)))
+    observer.first_eval = dict(run.earlier.get("eval_initial", {}))
+
+    async def save(step: int) -> None:
+        path = folder.checkpoints / f"step_{step}"
+        if path.exists():
+            return
+        await topology.learner.save(path, {"step": step, "config_sha256": config_sha256(config)})
+        prune_checkpoints(folder.checkpoints, config.checkpoint.keep)
+
+    controller = Controller(
+        config,
+        PromptStream(run.prompts, config.seed),
+        run.heldout,
+        topology.fleet,
+        topology.scorer,
+        topology.learner,
+        observer,
+        save,
+    )
+    run.console.begin(config.num_steps, start_step)
+    train_started_s = time.monotonic()
+    try:
+        with _stop_on_signals(controller, run.console):
+            await controller.run(start_step)
+        run.status = "finished" if controller.step == config.num_steps else "stopped"
+    finally:
+        sinks.close()
+        folder.write_summary(
+            {
+                "status": run.status,
+                "num_steps": controller.step,
+                "weight_version": controller.step,
+                "weights_sha256": await topology.learner.weights_sha256() if run.status != "failed" else "",
+                "eval_initial": observer.first_eval,
+                "eval_final": observer.last_eval,
+                "train_s": time.monotonic() - train_started_s + float(run.earlier.get("train_s", 0.0)),
+                "total_s": time.monotonic() - started_s + float(run.earlier.get("total_s", 0.0)),
+                "peak_memory_bytes": await topology.peak_memory_bytes() if run.status != "failed" else {},
+            }
+        )
+
+
+@contextmanager
+def _stop_on_signals(controller: Controller, console: RunConsole) -> Iterator[None]:
+    """First Ctrl-C (or SIGTERM): finish the step, checkpoint, stop. Second: give up at once."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    interrupted = False
+
+    def stop() -> None:
+        nonlocal interrupted
+        if controller.stop.is_set():
+            interrupted = True
+            assert task is not None
+            task.cancel()
+            return
+        controller.stop.set()
+        console.note("stopping after this step, with a checkpoint (Ctrl-C again: at once, without one)")
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    for number in signals:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+def _first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first real error of a group: Raylign's own before others."""
+    leaves: list[BaseException] = []
+    pending: list[BaseException] = [group]
+    while pending:
+        error = pending.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            pending.extend(error.exceptions)
+        else:
+            leaves.append(error)
+    return next((leaf for leaf in leaves if isinstance(leaf, RaylignError)), leaves[0])

@@ -1,0 +1,153 @@
+"""Who plays which role: the only file that creates actors, starts the reward service and wires handles."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from learner.parallel import RankGroup
+from raylign.errors import ClusterError
+from rewards import make_mix
+from services.assembly import build_engine, build_learner
+from services.config import RunConfig
+from services.in_process import LocalFleet, LocalLearner
+from services.roles import Fleet, LearnerRole, Scorer
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+Phase = Callable[[str], AbstractContextManager[Any]]
+
+
+@dataclass(slots=True)
+class Topology:
+    """The roles of one run and how to stop them."""
+
+    fleet: Fleet
+    scorer: Scorer
+    learner: LearnerRole
+    workers: tuple[ActorHandle, ...] = ()
+    worker_names: tuple[str, ...] = ()
+    _stop: tuple[Callable[[], None], ...] = ()
+
+    async def peak_memory_bytes(self) -> dict[str, int]:
+        """Peak resident memory by worker; this process alone when there are none."""
+        if not self.workers:
+            return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        peaks = await asyncio.gather(*(worker.peak_memory_bytes.remote() for worker in self.workers))
+        return dict(zip(self.worker_names, peaks, strict=True))
+
+    async def close(self) -> None:
+        await self.fleet.close()
+        for stop in self._stop:
+            stop()
+
+
+async def build(config: RunConfig, phase: Phase) -> Topology:
+    """Every role, ready to work. `phase` wraps each stage of starting up, for the person who waits."""
+    if config.placement == "in_process":
+        return _build_in_process(config, phase)
+    return await _build_on_ray(config, phase)
+
+
+def required_resources(config: RunConfig) -> dict[str, float]:
+    """CPUs and GPUs that the run's actors and reward replicas reserve on a Ray cluster."""
+    service = config.reward_service
+    cpus = len(config.rewards) * service.num_replicas * service.num_cpus_per_replica
+    gpus = config.rollout.num_actors * config.rollout.num_gpus
+    if config.placement == "colocated":
+        cpus += config.learner.num_ranks
+        gpus = config.learner.num_ranks * max(config.rollout.num_gpus, config.learner.num_gpus_per_rank)
+    else:
+        cpus += config.rollout.num_actors + config.learner.num_ranks
+        gpus += config.learner.num_ranks * config.learner.num_gpus_per_rank
+    return {"CPU": cpus, "GPU": gpus}
+
+
+def check_cluster(config: RunConfig) -> None:
+    """Raise ClusterError, naming what is missing, when the cluster can never hold the run."""
+    import ray
+
+    available = ray.cluster_resources()
+    for kind, wanted in required_resources(config).items():
+        got = float(available.get(kind, 0.0))
+        if got < wanted:
+            raise ClusterError(
+                f"this run reserves {wanted:g} {kind}s and the Ray cluster has {got:g}: {wanted - got:g} missing. "
+                "Add nodes, or lower rollout.num_actors, learner.num_ranks or reward_service.num_replicas"
+            )
+
+
+def _build_in_process(config: RunConfig, phase: Phase) -> Topology:
+    with phase("model and learner"):
+        engine = build_engine(config)
+        learner = build_learner(config, RankGroup.single())
+    with phase("rewards"):
+        scorer = make_mix(config.rewards)
+    return Topology(LocalFleet(engine), scorer, LocalLearner(learner))
+
+
+async def _build_on_ray(config: RunConfig, phase: Phase) -> Topology:
+    with phase("workers starting"):
+        rollout_workers, rank_workers = _create_workers(config)
+        # These imports take seconds and the workers load their models meanwhile.
+        from services.fleet import RayFleet
+        from services.ray_learner import RayLearner
+        from services.reward_app import RewardService
+    with phase("reward service"):
+        service = RewardService.start(config.rewards, config.reward_service)
+    with phase("learner"):
+        await _join_ranks(rank_workers)
+    with phase("rollout actors"):
+        await asyncio.gather(*(worker.ping.remote() for worker in rollout_workers))
+    names = {worker: f"rollout_{place}" for place, worker in enumerate(rollout_workers)}
+    names |= {worker: f"learner_{place}" for place, worker in enumerate(rank_workers)}
+    workers = tuple(names)
+    return Topology(
+        RayFleet(rollout_workers),
+        service,
+        RayLearner(rank_workers),
+        workers,
+        tuple(names.values()),
+        (service.shutdown, lambda: _kill(workers)),
+    )
+
+
+def _create_workers(config: RunConfig) -> tuple[list[ActorHandle], list[ActorHandle]]:
+    """Rollout workers and learner ranks; the same actors when colocated. Returns before they are up."""
+    import ray
+
+    from services.worker_actor import Worker
+
+    actor = ray.remote(Worker)
+
+    def create(rollout: bool, rank: int | None, num_gpus: float) -> ActorHandle:
+        # A lost rollout actor comes back by itself; a lost rank would come back without its optimiser.
+        restarts = -1 if rank is None else 0
+        return actor.options(num_cpus=1, num_gpus=num_gpus, max_restarts=restarts).remote(config, rollout, rank)
+
+    rollout, learner = config.rollout, config.learner
+    if config.placement == "colocated":
+        gpus = max(rollout.num_gpus, learner.num_gpus_per_rank)
+        both = [create(True, rank, gpus) for rank in range(learner.num_ranks)]
+        return both, both
+    ranks = [create(False, rank, learner.num_gpus_per_rank) for rank in range(learner.num_ranks)]
+    actors = [create(True, None, rollout.num_gpus) for _ in range(rollout.num_actors)]
+    return actors, ranks
+
+
+async def _join_ranks(ranks: list[ActorHandle]) -> None:
+    """Rank 0 names a free port on its node, and all ranks meet there."""
+    address = await ranks[0].free_address.remote()
+    await asyncio.gather(*(rank.join_ranks.remote(f"tcp://{address}") for rank in ranks))
+
+
+def _kill(workers: tuple[ActorHandle, ...]) -> None:
+    import ray
+
+    for worker in workers:
+        ray.kill(worker, no_restart=True)
