@@ -5,7 +5,7 @@ One class serves actor and learner, so what the learner scores is what the actor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -42,7 +42,7 @@ class Conditioning:
     def to(self, device: torch.device) -> Conditioning:
         return self._each(lambda tensor: tensor.to(device))
 
-    def _each(self, change) -> Conditioning:  # type: ignore[no-untyped-def]  # a private map over four fields
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Conditioning:
         negative = self.negative_embeds_PLD, self.negative_pooled_PD
         return Conditioning(
             change(self.prompt_embeds_PLD),
@@ -84,6 +84,10 @@ class DenoisingPolicy(Protocol):
 
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
         """By name, in a fixed order: an adapter's tensors, or all of the network's."""
+        ...
+
+    def enable_gradient_checkpointing(self) -> None:
+        """From now on recompute activations in the backward pass instead of keeping them."""
         ...
 
     def export_weights(self, version: WeightVersion, tensors: dict[str, torch.Tensor] | None = None) -> WeightSnapshot:

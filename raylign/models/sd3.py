@@ -131,6 +131,9 @@ class Sd3Policy:
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
 
+    def enable_gradient_checkpointing(self) -> None:
+        self.transformer.enable_gradient_checkpointing()
+
     def export_weights(self, version: WeightVersion, tensors: dict[str, torch.Tensor] | None = None) -> WeightSnapshot:
         source = self.trainable_parameters() if tensors is None else tensors
         kind = "adapter" if self.config.tuning == "lora" else "full"

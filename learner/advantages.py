@@ -1,0 +1,111 @@
+"""Rewards to advantages: pure functions over plain numbers, in float64.
+
+The group-relative advantage of GRPO, as Flow-GRPO (2505.05470, "group relative advantage") and DiffusionNFT
+(2509.16117, "optimality reward") use it. Their papers divide by the group's own deviation; both codebases, and our
+default, divide by the deviation of *all* samples of the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from raylign.errors import NumericsError
+from raylign.types import Advantage, RolloutGroup, RolloutStatus
+
+AdvantageStd = Literal["global", "group"]
+STD_EPS = 1e-4
+"""Added to the standard deviation, as in Flow-GRPO and DiffusionNFT (DDPO uses 1e-6, DanceGRPO 1e-8)."""
+
+
+def group_rewards(group: RolloutGroup) -> list[float | None]:
+    """The mixed reward of each sibling; None for one that failed to generate or to be scored."""
+    return [rollout.total if rollout.status is RolloutStatus.OK else None for rollout in group.rollouts]
+
+
+def group_advantages(
+    rewards: Sequence[Sequence[float | None]],
+    std: AdvantageStd = "global",
+    clip: float | None = None,
+    eps: float = STD_EPS,
+) -> list[Advantage]:
+    """A = (r - mean of the group) / (std + eps), clipped to ±clip: one Advantage (adv_G fp32, valid_G bool) per group.
+
+    None and NaN mean "failed": such a sample enters no mean and no deviation and carries 0. Deviations are biased
+    (numpy's default). "global" takes the deviation of every valid sample given, "group" that of each group.
+    Equal rewards give exactly 0. Raises NumericsError for an infinite reward or advantage.
+    """
+    rewards_G = [_rewards_tensor(values) for values in rewards]
+    valid_G = [~torch.isnan(values) for values in rewards_G]
+    pooled = torch.cat([v[ok] for v, ok in zip(rewards_G, valid_G, strict=True)]) if rewards_G else torch.empty(0)
+    shared = _biased_std(pooled)
+    advantages: list[Advantage] = []
+    for values, ok in zip(rewards_G, valid_G, strict=True):
+        centred = _centred(values, ok)
+        scale = shared if std == "global" else _biased_std(values[ok])
+        adv = centred / (scale + eps)
+        if clip is not None:
+            adv = adv.clamp(-clip, clip)
+        if not bool(torch.isfinite(adv).all()):
+            raise NumericsError(
+                f"advantages {adv.tolist()} of rewards {values.tolist()} are not finite; rescale rewards"
+            )
+        advantages.append(Advantage(adv.float(), ok))
+    return advantages
+
+
+def r_from_advantage(adv_N: torch.Tensor, clip: float) -> torch.Tensor:
+    """DiffusionNFT's optimality reward (2509.16117), r = clamp(clip(A, ±c) / 2c + 1/2, 0, 1), (N,).
+
+    0 is the worst sample, 1/2 an average one, 1 the best.
+    """
+    return (adv_N.clamp(-clip, clip) / (2 * clip) + 0.5).clamp(0.0, 1.0)
+
+
+def credit_metrics(groups: Sequence[RolloutGroup], advantages: Sequence[Advantage]) -> dict[str, float]:
+    """What the credit of one step looked like, over valid samples and over groups with at least two of them."""
+    within: list[float] = []
+    zero_variance = 0
+    magnitudes: list[float] = []
+    for group, advantage in zip(groups, advantages, strict=True):
+        valid = [value for value in group_rewards(group) if value is not None and not math.isnan(value)]
+        magnitudes += advantage.adv_G[advantage.valid_G].abs().tolist()
+        if len(valid) > 1:
+            within.append(float(_biased_std(torch.tensor(valid, dtype=torch.float64))))
+            zero_variance += within[-1] == 0.0
+    return {
+        "advantage/abs_mean": _mean(magnitudes),
+        "reward/std_within_group": _mean(within),
+        "reward/zero_variance_groups": float(zero_variance),
+        "batch/valid_samples": float(len(magnitudes)),
+    }
+
+
+def _rewards_tensor(values: Sequence[float | None]) -> torch.Tensor:
+    rewards = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+    if bool(torch.isinf(rewards).any()):
+        raise NumericsError(f"rewards {rewards.tolist()} hold an infinity; a reward is finite or an error")
+    return rewards
+
+
+def _centred(rewards_G: torch.Tensor, valid_G: torch.Tensor) -> torch.Tensor:
+    """Rewards minus the mean of the valid ones; 0 where invalid, and exactly 0 when all valid ones are equal."""
+    valid = rewards_G[valid_G]
+    centred = torch.zeros_like(rewards_G)
+    # Rounding of the mean would otherwise turn equal rewards into 1e-17 / eps.
+    if len(valid) and bool((valid != valid[0]).any()):
+        centred[valid_G] = valid - valid.mean()
+    return centred
+
+
+def _biased_std(values: torch.Tensor) -> torch.Tensor:
+    if len(values) == 0 or bool((values == values[0]).all()):
+        return torch.zeros((), dtype=torch.float64)
+    return values.std(correction=0)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else 0.0

@@ -1,0 +1,178 @@
+"""From groups to what one optimiser step eats: rows, blocks, micro-batches, and the denominators.
+
+    groups ──▶ units ──▶ updates ──▶ ranks ──▶ blocks ──▶ micro-batches (one trained step of a block's rows)
+
+A *unit* is what is never cut. For an algorithm that scores rollout log-probs it is `micro_batch_size` consecutive
+rows, failed ones included; with the rollouts' chunk size these are the very rows that went through the network
+together (a chunk is several whole groups or an even part of one), so the learner re-scores tensors of the rollout's
+shapes and an on-policy ratio is exactly 1. Failed rows are zeros there, and masked. For forward-process algorithms a
+unit is one valid sample, and a block is up to `micro_batch_size` of them.
+
+Units keep the order of the groups; update u of U takes the u-th contiguous part, rank r of R the r-th contiguous part
+of that, parts differing by one unit at most. Nothing is shuffled, so nothing depends on where a sample was made.
+A loss is a sum over items divided by `num_items` of the whole update, so neither the cut into micro-batches nor the
+number of ranks changes a gradient (up to rounding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from raylign.errors import ConfigError, NumericsError, ShapeError
+from raylign.models.base import Conditioning, join_conditioning
+from raylign.types import Advantage, Needs, RolloutGroup, SampleKey
+
+T = TypeVar("T")
+
+
+class Row(NamedTuple):
+    """A sibling of a group, by position."""
+
+    group: int
+    sibling: int
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """N samples, each at one of its trained steps; what a loss sees. fp32, on the policy's device but for step_N.
+
+    step_N: index into the sampler's steps, on the CPU. valid_N: False for rows that only keep a chunk's shape.
+    states_NS1CHW and rollout_logprob_NS are there when the algorithm needs STEPS and LOGPROBS.
+    """
+
+    keys: tuple[SampleKey, ...]
+    step_N: torch.Tensor
+    final_NCHW: torch.Tensor
+    adv_N: torch.Tensor
+    valid_N: torch.Tensor
+    conditioning: Conditioning
+    states_NS1CHW: torch.Tensor | None = None
+    rollout_logprob_NS: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> MicroBatch:
+        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return replace(
+            self,
+            final_NCHW=self.final_NCHW.to(device),
+            adv_N=self.adv_N.to(device),
+            valid_N=self.valid_N.to(device),
+            conditioning=self.conditioning.to(device),
+            states_NS1CHW=move(self.states_NS1CHW),
+            rollout_logprob_NS=move(self.rollout_logprob_NS),
+        )
+
+    def only_step(self) -> int:
+        """The step all rows share. Raises ShapeError if they do not."""
+        steps = set(self.step_N.tolist())
+        if len(steps) != 1:
+            raise ShapeError(f"this loss takes one sampler step per micro-batch, got steps {sorted(steps)}")
+        return int(steps.pop())
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """What one optimiser step of one rank eats. `num_items` counts the valid items of *all* ranks."""
+
+    blocks: tuple[tuple[Row, ...], ...]
+    num_items: int
+    data: StepData
+
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """Block by block, step by step, in order; blocks without a valid row are skipped."""
+        for rows in self.blocks:
+            if not any(self.data.is_valid(row) for row in rows):
+                continue
+            block = self.data.gather(rows)
+            steps_NS = self.data.steps_NS(rows)
+            for k in range(steps_NS.shape[1]):
+                yield replace(block, step_N=steps_NS[:, k])
+
+
+@dataclass(frozen=True, slots=True)
+class StepData:
+    """All groups of one learner step, each with its credit and its trained sampler steps ((G, K) int64)."""
+
+    groups: Sequence[RolloutGroup]
+    advantages: Sequence[Advantage]
+    steps: Sequence[torch.Tensor]
+    needs: Needs
+
+    def is_valid(self, row: Row) -> bool:
+        return bool(self.advantages[row.group].valid_G[row.sibling])
+
+    def steps_NS(self, rows: Sequence[Row]) -> torch.Tensor:
+        return torch.stack([self.steps[row.group][row.sibling] for row in rows])
+
+    def gather(self, rows: Sequence[Row]) -> MicroBatch:
+        """The rows as one batch, step_N still 0. Raises NumericsError naming a valid sample that is not finite."""
+        states = logprobs = None
+        if Needs.STEPS in self.needs:
+            states = torch.stack([self._row(row, "states_GS1CHW") for row in rows])
+        if Needs.LOGPROBS in self.needs:
+            logprobs = torch.stack([self._row(row, "rollout_logprob_GS") for row in rows])
+        return MicroBatch(
+            keys=tuple(self.groups[row.group].rollouts[row.sibling].key for row in rows),
+            step_N=torch.zeros(len(rows), dtype=torch.int64),
+            final_NCHW=torch.stack([self._row(row, "final_GCHW") for row in rows]),
+            adv_N=torch.stack([self.advantages[row.group].adv_G[row.sibling] for row in rows]),
+            valid_N=torch.tensor([self.is_valid(row) for row in rows]),
+            conditioning=join_conditioning([self.groups[row.group].conditioning.rows(slice(0, 1)) for row in rows]),
+            states_NS1CHW=states,
+            rollout_logprob_NS=logprobs,
+        )
+
+    def _row(self, row: Row, field: str) -> torch.Tensor:
+        """One sibling's tensor, fp32; zeros for a failed one, whose values may be anything, NaN included."""
+        group = self.groups[row.group]
+        tensor: torch.Tensor | None = getattr(group.trajectory, field)
+        if tensor is None:
+            raise ShapeError(
+                f"group {group.prompt.id!r} has no {field}, which the algorithm needs; record it in rollouts"
+            )
+        values = tensor[row.sibling].float()
+        if not self.is_valid(row):
+            return torch.zeros_like(values)
+        if not bool(torch.isfinite(values).all()):
+            raise NumericsError(f"{field} of sample {tuple(group.rollouts[row.sibling].key)} is not finite")
+        return values
+
+
+def cut(
+    data: StepData, *, num_updates: int, rank: int, num_ranks: int, micro_batch_size: int
+) -> tuple[TrainBatch, ...]:
+    """The batches of one rank, one per update, by the rules of the module's docstring.
+
+    Raises ConfigError if there are fewer units than updates: an update would have nothing to learn from.
+    """
+    whole_chunks = Needs.LOGPROBS in data.needs
+    rows = [Row(index, sibling) for index, group in enumerate(data.groups) for sibling in range(group.group_size)]
+    units = _blocks(rows, micro_batch_size) if whole_chunks else [(row,) for row in rows if data.is_valid(row)]
+    if len(units) < num_updates:
+        raise ConfigError(
+            f"learner.updates_per_step is {num_updates}, but this step has only {len(units)} unit(s) to share out; "
+            "lower it, or raise groups_per_step"
+        )
+    batches: list[TrainBatch] = []
+    for update in range(num_updates):
+        mine = share(units, update, num_updates)
+        valid = [row for unit in mine for row in unit if data.is_valid(row)]
+        num_items = len(valid) * (data.steps[0].shape[1] if data.steps else 0)
+        shard = share(mine, rank, num_ranks)
+        blocks = shard if whole_chunks else _blocks([row for unit in shard for row in unit], micro_batch_size)
+        batches.append(TrainBatch(tuple(blocks), num_items, data))
+    return tuple(batches)
+
+
+def share(items: Sequence[T], part: int, num_parts: int) -> Sequence[T]:
+    """The `part`-th of `num_parts` contiguous parts, sizes differing by one at most (some may be empty)."""
+    return items[len(items) * part // num_parts : len(items) * (part + 1) // num_parts]
+
+
+def _blocks(rows: Sequence[Row], size: int) -> list[tuple[Row, ...]]:
+    return [tuple(rows[start : start + size]) for start in range(0, len(rows), size)]

@@ -1,0 +1,199 @@
+"""Checkpoints: a directory per step, written beside its final name and renamed when it is whole and on disk.
+
+    checkpoints/step_40/   manifest.json         the run's record (step, configuration hash, what else it wants kept),
+                                                 the learner's plain values, and the hash of every file
+                           learner.safetensors   the learner's tensors
+
+A reader never sees half a checkpoint: either the directory has its final name, and then every byte was synced
+before, or it does not exist. Hashes are checked on reading all the same. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from learner.state import LearnerState
+from raylign.errors import CheckpointError
+from raylign.types import JsonValue
+
+MANIFEST = "manifest.json"
+TENSORS = "learner.safetensors"
+FORMAT = 1
+TensorWriter = Callable[[Path, Mapping[str, torch.Tensor]], None]
+_STEP = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointManifest:
+    """What a checkpoint says about itself. `record` is what the run gave, step and configuration hash included."""
+
+    path: Path
+    step: int
+    config_sha256: str
+    record: Mapping[str, JsonValue]
+    values: Mapping[str, JsonValue]
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that was read and found as written."""
+
+    manifest: CheckpointManifest
+    state: LearnerState
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """The production TensorWriter: one safetensors file."""
+    save_file(dict(tensors), path)
+
+
+def save_checkpoint(
+    folder: Path, state: LearnerState, record: Mapping[str, JsonValue], writer: TensorWriter = write_tensors
+) -> None:
+    """Write `folder` (named step_<N>) atomically; an older checkpoint there is replaced.
+
+    `record` holds at least "step" (an int) and "config_sha256"; the rest (weight version, prompt cursor …) is the
+    run's own JSON. Raises CheckpointError, leaving all earlier checkpoints as they were, if it cannot be written.
+    """
+    staging = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder.parent)
+        staging.mkdir()
+        writer(staging / TENSORS, state.tensors)
+        _sync(staging / TENSORS)
+        _write_manifest(staging, state, record)
+        _move_into_place(staging, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot write checkpoint {folder}: {error}; earlier checkpoints are intact, free some space and resume"
+        ) from error
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint, tensors on the CPU. Raises CheckpointError for a file that is missing or not as written."""
+    manifest = read_manifest(folder)
+    for name, expected in manifest.files.items():
+        try:
+            found = _file_sha256(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {folder} lacks {name} ({error}); {_remedy(folder)}") from error
+        if found != expected:
+            raise CheckpointError(f"checkpoint file {folder / name} is damaged: its hash differs; {_remedy(folder)}")
+    return Checkpoint(manifest, LearnerState(load_file(folder / TENSORS), dict(manifest.values)))
+
+
+def read_manifest(folder: Path) -> CheckpointManifest:
+    """What a checkpoint says about itself, without its tensors. Raises CheckpointError if it is damaged."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); {_remedy(folder)}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not of format {FORMAT}; it was written by another version of Raylign")
+    if manifest.get("sha256") != _manifest_sha256(manifest):
+        raise CheckpointError(f"{path} is damaged: its hash differs; {_remedy(folder)}")
+    record = manifest["record"]
+    return CheckpointManifest(
+        path=folder,
+        step=record["step"],
+        config_sha256=record["config_sha256"],
+        record=record,
+        values=manifest["values"],
+        files=manifest["files"],
+    )
+
+
+def list_checkpoints(parent: Path) -> list[Path]:
+    """Finished checkpoints, lowest step first."""
+    if not parent.is_dir():
+        return []
+    steps = [(int(match[1]), path) for path in parent.iterdir() if (match := _STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(steps) if (path / MANIFEST).is_file()]
+
+
+def latest_checkpoint(parent: Path) -> Path | None:
+    """The finished checkpoint of the highest step, if there is any."""
+    return next(reversed(list_checkpoints(parent)), None)
+
+
+def prune_checkpoints(parent: Path, keep: int) -> list[Path]:
+    """Delete all but the newest `keep` (at least 1) checkpoints; returns what was deleted."""
+    doomed = list_checkpoints(parent)[: -max(1, keep)]
+    for path in doomed:
+        # Renamed first: a half-deleted directory must not look like a checkpoint.
+        grave = path.with_name(f"{path.name}.tmp-deleted")
+        path.rename(grave)
+        shutil.rmtree(grave)
+    return doomed
+
+
+def _write_manifest(folder: Path, state: LearnerState, record: Mapping[str, JsonValue]) -> None:
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "record": dict(record),
+        "values": state.values,
+        "files": {TENSORS: _file_sha256(folder / TENSORS)},
+    }
+    manifest["sha256"] = _manifest_sha256(manifest)
+    path = folder / MANIFEST
+    path.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
+    _sync(path)
+    _sync(folder)
+
+
+def _move_into_place(staging: Path, final: Path) -> None:
+    if final.exists():
+        replaced = final.with_name(f"{final.name}.tmp-replaced")
+        final.rename(replaced)
+        staging.rename(final)
+        shutil.rmtree(replaced)
+    else:
+        staging.rename(final)
+    _sync(final.parent)
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Remnants of a process that was killed while it wrote; a run directory has one writer."""
+    for path in parent.glob("step_*.tmp-*"):
+        shutil.rmtree(path)
+
+
+def _manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    text = json.dumps({k: v for k, v in manifest.items() if k != "sha256"}, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _remedy(folder: Path) -> str:
+    return f"delete {folder} to go on from an earlier checkpoint"
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,263 @@
+"""The learner of one rank: credit, batch, loss, gradient, optimiser, snapshots. It runs with or without Ray.
+
+    begin_step(groups) ──▶ per update: forward_backward ──▶ optimise ──▶ end_step ──▶ publish
+
+Every rank is given all groups (they are small), computes all credit, and trains its own part of each update; what
+crosses ranks is one gradient bucket and one row of metrics per update. All state that decides the next step is in
+`state_dict`, so a learner that loads it goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from learner.advantages import credit_metrics
+from learner.algorithms import AlgorithmConfig, make_algorithm
+from learner.batching import StepData, TrainBatch, cut
+from learner.parallel import GradientBucket, RankGroup
+from learner.policies import PolicySet, PolicyTensors, check_names, clone_tensors, decay_towards
+from learner.state import LearnerState
+from learner.tally import MetricTally
+from raylign.config import Config
+from raylign.errors import NumericsError, RewardError
+from raylign.models.base import Conditioning, DenoisingPolicy
+from raylign.precision import Precision
+from raylign.samplers import Sampler
+from raylign.types import Needs, RolloutGroup, StepResult, WeightVersion
+from raylign.weights import WeightSnapshot
+
+Which = Literal["rollout", "current"]
+"""The policy that samples (old, for some algorithms) or the one being trained."""
+_ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
+
+
+class LearnerConfig(Config):
+    """How the policy is optimised. Defaults are Flow-GRPO's and DiffusionNFT's for LoRA on SD3.5 Medium."""
+
+    lr: float = Field(default=3e-4, gt=0)
+    """AdamW learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW moment decays."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """AdamW decoupled weight decay."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW epsilon."""
+    grad_clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimiser steps over which the learning rate rises linearly."""
+    updates_per_step: int = Field(default=1, ge=1)
+    """Optimiser steps per learner step; each takes its share of the step's samples."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Samples per forward; the rollout chunk size when not given. With Flow-GRPO another size makes the on-policy
+    ratio differ from 1 by rounding."""
+    num_ranks: int = Field(default=1, ge=1)
+    """Data-parallel learner processes."""
+    num_threads: int = Field(default=1, ge=1)
+    """CPU threads per rank; set by the process that owns the learner, not by the learner."""
+    num_gpus_per_rank: float = Field(default=0.0, ge=0)
+    """GPUs each rank reserves."""
+    precision: Precision = "fp32"
+    """Compute precision; master weights are fp32 either way."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class Learner:
+    """See the module's docstring. Methods are called in its order, on every rank alike."""
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        algorithm_config: AlgorithmConfig,
+        policy: DenoisingPolicy,
+        sampler: Sampler,
+        guidance_scale: float,
+        micro_batch_size: int,
+        run_seed: int,
+        ranks: RankGroup | None = None,
+    ) -> None:
+        """`policy` is loaded with role "learner"; `sampler` and `guidance_scale` are the rollouts'.
+
+        `micro_batch_size` is what `config.micro_batch_size` resolves to: the rollout chunk size when it is None.
+        """
+        self.config = config
+        self.policy = policy
+        self.algorithm = make_algorithm(algorithm_config, sampler, guidance_scale)
+        self._ranks = ranks or RankGroup.single()
+        self._micro_batch_size = micro_batch_size
+        self._run_seed = run_seed
+        self._parameters = policy.trainable_parameters()
+        if config.gradient_checkpointing:
+            policy.enable_gradient_checkpointing()
+        self._ranks.broadcast([parameter.data for parameter in self._parameters.values()])
+        needs = self.algorithm.needs
+        self.policies = PolicySet(policy, config.precision, old=Needs.OLD in needs, reference=Needs.REFERENCE in needs)
+        self._bucket = GradientBucket(self._parameters.values())
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        self._num_optimiser_steps = 0
+        self._batches: tuple[TrainBatch, ...] = ()
+        self._tally = MetricTally((), policy.device)
+
+    @property
+    def num_optimiser_steps(self) -> int:
+        """Optimiser steps taken in the run; refused ones do not count."""
+        return self._num_optimiser_steps
+
+    def begin_step(self, groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
+        """Credit the groups and cut this rank's batches. Returns what the credit looked like.
+
+        Raises RewardError if no sample has a reward, NumericsError for a NaN that came with a valid sample.
+        """
+        advantages = self.algorithm.credit(groups)
+        metrics = credit_metrics(groups, advantages)
+        if metrics["batch/valid_samples"] == 0:
+            raise RewardError(f"step {step}: none of the {len(groups)} groups has a sample with a reward")
+        keys = [[rollout.key for rollout in group.rollouts] for group in groups]
+        trained = [self.algorithm.items(group_keys, self._run_seed, step) for group_keys in keys]
+        self._batches = cut(
+            StepData(groups, advantages, trained, self.algorithm.needs),
+            num_updates=self.config.updates_per_step,
+            rank=self._ranks.rank,
+            num_ranks=self._ranks.num_ranks,
+            micro_batch_size=self._micro_batch_size,
+        )
+        return metrics
+
+    def forward_backward(self, update: int) -> None:
+        """Accumulate the gradient of one update's loss. Weights are read, not changed."""
+        batch = self._batches[update]
+        self._bucket.zero()
+        self._tally = MetricTally(("loss", *self.algorithm.metrics), self.policy.device)
+        for on_cpu in batch.micro_batches():
+            micro_batch = on_cpu.to(self.policy.device)
+            losses = self.algorithm.loss(self.policies, micro_batch)
+            self._tally.add({"loss": losses.loss_N, **losses.metrics}, micro_batch.valid_N)
+            # Rows that only keep a chunk's shape are left out by index: a product with 0 would let a NaN through.
+            (losses.loss_N[micro_batch.valid_N].sum() / batch.num_items).backward()
+
+    def optimise(self, update: int) -> StepResult:
+        """Sum gradients over ranks, clip, and take one AdamW step.
+
+        If loss or gradient is not finite on any rank, no rank changes weights, moments or counters, and the result
+        says so; its metrics then hold what was not finite. An update without a valid sample changes nothing either.
+        """
+        num_items = self._batches[update].num_items
+        metrics = {"batch/num_items": float(num_items)}
+        if num_items == 0:
+            return StepResult(metrics, finite=True)
+        self._ranks.all_reduce_gradients(self._bucket)
+        metrics |= self._tally.reduce(self._ranks, num_items)
+        # After the reduction every rank holds the same numbers, so every rank decides alike.
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.config.grad_clip))
+        lr = self.config.lr * min(1.0, (self._num_optimiser_steps + 1) / max(1, self.config.warmup_steps))
+        metrics |= {"grad/norm": norm, "learner/lr": lr}
+        if not (math.isfinite(norm) and math.isfinite(metrics["loss"])):
+            return StepResult(metrics, finite=False)
+        for parameter_group in self._optimizer.param_groups:
+            parameter_group["lr"] = lr
+        self._optimizer.step()
+        self._num_optimiser_steps += 1
+        return StepResult(metrics, finite=True)
+
+    def end_step(self, step: int) -> dict[str, float]:
+        """Let the old policy follow, once per learner step. Drops the step's batches."""
+        self._batches = ()
+        old = self.policies.relatives.get("old")
+        if old is None:
+            return {}
+        decay = self.algorithm.old_decay(self._num_optimiser_steps)
+        decay_towards(self.policy, old, decay)
+        return {"learner/old_decay": decay}
+
+    def publish(self, version: WeightVersion, which: Which = "rollout") -> WeightSnapshot:
+        """A verified snapshot of the policy that samples, or of the one being trained. A copy: safe to send."""
+        return self.policy.export_weights(version, self._tensors(which))
+
+    def velocity(
+        self, state_BCHW: torch.Tensor, sigma_B: torch.Tensor, conditioning: Conditioning, which: Which = "rollout"
+    ) -> torch.Tensor:
+        """What a published policy predicts in the learner, without gradient or guidance: for parity checks."""
+        device = self.policy.device
+        state, sigma, told = state_BCHW.to(device), sigma_B.to(device), conditioning.to(device)
+        if self._tensors(which) is not None:
+            return self.policies.velocity_of("old", state, sigma, told)
+        with torch.no_grad():
+            return self.policies.velocity(state, sigma, told)
+
+    def weights_sha256(self) -> str:
+        """Hash of the trained tensors: names, shapes, dtypes and contents."""
+        return self.publish(0, "current").sha256
+
+    def state_dict(self) -> LearnerState:
+        """Copies, on the CPU, of all that decides the next step. Equal on every rank: save it from one."""
+        tensors = _prefixed("params", clone_tensors(self.policy))
+        for relative, relative_tensors in self.policies.relatives.items():
+            tensors |= _prefixed(relative, relative_tensors)
+        for part in _ADAM_STATE:
+            tensors |= _prefixed(f"adam/{part}", self._adam_state(part))
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        return LearnerState(copies, {"num_optimiser_steps": self._num_optimiser_steps})
+
+    def load_state_dict(self, state: LearnerState) -> None:
+        """Go on from a state. Raises WeightError, with nothing loaded, if it belongs to another model or algorithm."""
+        own: dict[str, PolicyTensors] = {"params": _section(state.tensors, "params")}
+        for relative in self.policies.relatives:
+            own[relative] = _section(state.tensors, relative)
+        adam = {part: _section(state.tensors, f"adam/{part}") for part in _ADAM_STATE}
+        for section, tensors in own.items():
+            check_names(tensors, self.policy, f"learner state, section {section!r},")
+        num_steps = state.values.get("num_optimiser_steps")
+        if not isinstance(num_steps, int) or (num_steps > 0) != bool(adam["step"]):
+            raise NumericsError(f"learner state has num_optimiser_steps {num_steps!r} but {len(adam['step'])} moments")
+        if num_steps > 0:
+            check_names(adam["exp_avg"], self.policy, "learner state, section 'adam/exp_avg',")
+            check_names(adam["exp_avg_sq"], self.policy, "learner state, section 'adam/exp_avg_sq',")
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(own["params"][name])
+        for relative, current in self.policies.relatives.items():
+            for name, tensor in current.items():
+                tensor.copy_(own[relative][name])
+        self._load_adam(adam if num_steps > 0 else None)
+        self._num_optimiser_steps = num_steps
+
+    def _tensors(self, which: Which) -> PolicyTensors | None:
+        """The rollout policy's tensors; None means the parameters themselves."""
+        if which == "rollout" and self.algorithm.rollout_policy == "old":
+            return self.policies.relatives["old"]
+        return None
+
+    def _adam_state(self, part: str) -> PolicyTensors:
+        state = self._optimizer.state
+        return {name: state[p][part] for name, p in self._parameters.items() if part in state.get(p, {})}
+
+    def _load_adam(self, adam: Mapping[str, PolicyTensors] | None) -> None:
+        self._optimizer.state.clear()
+        if adam is None:
+            return
+        for name, parameter in self._parameters.items():
+            self._optimizer.state[parameter] = {
+                # The step count stays on the CPU, where AdamW keeps it; moments lie with their parameter.
+                part: adam[part][name].clone() if part == "step" else adam[part][name].to(parameter.device, copy=True)
+                for part in _ADAM_STATE
+            }
+
+
+def _prefixed(section: str, tensors: PolicyTensors) -> PolicyTensors:
+    return {f"{section}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _section(tensors: PolicyTensors, section: str) -> PolicyTensors:
+    return {name.removeprefix(f"{section}/"): t for name, t in tensors.items() if name.startswith(f"{section}/")}

@@ -1,0 +1,107 @@
+"""Losses, one number per item, as pure functions of tensors. Nothing here knows a model, a batch or a rank.
+
+N items of a micro-batch; C H W the latent. Inputs are fp32 unless said otherwise; every mean over latent dims is a
+mean, not a sum (clip ranges such as 1e-4 only make sense with it).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+KlSpace = Literal["mean_over_std2_no_dt", "exact_gaussian", "velocity_mse"]
+"""How the distance to the reference is measured; a weight is not transferable from one space to another."""
+WEIGHT_FLOOR = 1e-5
+"""Smallest self-normaliser of the NFT loss, from its code."""
+_LATENT = (1, 2, 3)
+
+
+def nft_loss(
+    velocity_NCHW: torch.Tensor,
+    old_velocity_NCHW: torch.Tensor,
+    state_NCHW: torch.Tensor,
+    final_NCHW: torch.Tensor,
+    sigma_N: torch.Tensor,
+    r_N: torch.Tensor,
+    beta: float,
+) -> torch.Tensor:
+    """DiffusionNFT's policy loss (2509.16117, in its self-normalised x0 form): (N,), float64.
+
+        v+ = (1 - beta) v_old + beta v        v- = (1 + beta) v_old - beta v        x0± = x_t - t v±
+        L  = [ r mean(x0+ - x0)² / w+  +  (1 - r) mean(x0- - x0)² / w- ] / beta
+        w± = stop-gradient of mean |x0± - x0|, in float64, at least 1e-5
+
+    `velocity` and `old_velocity` are the two policies' answers to the same `state` (same noise, same time); `old`
+    carries no gradient. r in [0, 1] comes from `r_from_advantage`. The code's factor adv_clip is the caller's.
+    """
+    old = old_velocity_NCHW.detach()
+    positive = (1 - beta) * old + beta * velocity_NCHW
+    negative = (1 + beta) * old - beta * velocity_NCHW
+    toward = _normalised_error(state_NCHW - _wide(sigma_N) * positive, final_NCHW)
+    away = _normalised_error(state_NCHW - _wide(sigma_N) * negative, final_NCHW)
+    r = r_N.double()
+    return (r * toward + (1 - r) * away) / beta
+
+
+def velocity_mse(velocity_NCHW: torch.Tensor, ref_velocity_NCHW: torch.Tensor) -> torch.Tensor:
+    """Mean squared velocity gap, (N,): the KL term of DiffusionNFT's code, up to a factor that depends on time only."""
+    return ((velocity_NCHW - ref_velocity_NCHW) ** 2).mean(dim=_LATENT)
+
+
+def clipped_policy_loss(
+    learner_logprob_N: torch.Tensor, rollout_logprob_N: torch.Tensor, adv_N: torch.Tensor, clip_range: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PPO's clipped surrogate per denoising step, Flow-GRPO's objective (2505.05470): loss and ratio, both (N,).
+
+    rho = exp(learner - rollout);  L = max(-A rho, -A clip(rho, 1 ± clip_range)).
+    Log-probs are means over latent dims, so rho is the geometric mean over dims of the density ratio.
+    """
+    ratio = torch.exp(learner_logprob_N - rollout_logprob_N.detach())
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-adv_N * ratio, -adv_N * clipped), ratio
+
+
+def gaussian_kl(mean_NCHW: torch.Tensor, ref_mean_NCHW: torch.Tensor, std_N: torch.Tensor) -> torch.Tensor:
+    """KL of two Gaussians that share one standard deviation, per latent dim: mean (mu - mu_ref)² / (2 std²), (N,)."""
+    squared = ((mean_NCHW - ref_mean_NCHW) ** 2).mean(dim=_LATENT)
+    return squared / (2 * std_N**2)
+
+
+def reference_kl(
+    space: KlSpace,
+    mean_NCHW: torch.Tensor,
+    ref_mean_NCHW: torch.Tensor,
+    std_N: torch.Tensor,
+    velocity_NCHW: torch.Tensor,
+    ref_velocity_NCHW: torch.Tensor,
+    delta_sigma: float,
+) -> torch.Tensor:
+    """Distance of one sampler step to the reference's, (N,), in a named space.
+
+    "mean_over_std2_no_dt": Flow-GRPO's closed form (2505.05470) as coded: mean (mu - mu_ref)² / (2 s²) with
+    std = s sqrt(-delta_sigma), that is without the step length, so about ten times weaker than exact at 10 steps.
+    "exact_gaussian": the KL of the two step distributions. "velocity_mse": mean (v - v_ref)², the same at every step.
+    `delta_sigma` = sigma' - sigma < 0. No term but the policy's own mean and velocity may carry a gradient.
+    """
+    if space == "velocity_mse":
+        return velocity_mse(velocity_NCHW, ref_velocity_NCHW)
+    exact = gaussian_kl(mean_NCHW, ref_mean_NCHW, std_N)
+    return exact if space == "exact_gaussian" else exact * -delta_sigma
+
+
+def norm_ratio(velocity_NCHW: torch.Tensor, ref_velocity_NCHW: torch.Tensor) -> torch.Tensor:
+    """|v| / |v_ref| per item, (N,): forward-process losses are known to inflate it. No gradient."""
+    norm = velocity_NCHW.detach().flatten(1).norm(dim=1)
+    return norm / ref_velocity_NCHW.detach().flatten(1).norm(dim=1).clamp_min(1e-12)
+
+
+def _normalised_error(predicted_NCHW: torch.Tensor, final_NCHW: torch.Tensor) -> torch.Tensor:
+    """Self-normalised error mean (x̂0 - x0)² / w, w = sg mean |x̂0 - x0| in float64, (N,)."""
+    gap = (predicted_NCHW - final_NCHW).double()
+    weight = gap.detach().abs().mean(dim=_LATENT).clamp_min(WEIGHT_FLOOR)
+    return (gap**2).mean(dim=_LATENT) / weight
+
+
+def _wide(values_N: torch.Tensor) -> torch.Tensor:
+    return values_N.view(-1, 1, 1, 1)

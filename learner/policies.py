@@ -1,0 +1,102 @@
+"""The current policy and its frozen relatives: "old" (a slow copy) and "reference" (weight version 0).
+
+A relative is a set of tensors, not a second network. To ask it something, its tensors are swapped into the network's
+parameters for the length of one forward without gradient: no copy, and no second model in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+from raylign.errors import WeightError
+from raylign.models.base import Conditioning, DenoisingPolicy, guided_velocity
+from raylign.precision import Precision, autocast
+
+PolicyTensors = dict[str, torch.Tensor]
+"""Trainable tensors by name, detached from any graph."""
+Relative = Literal["old", "reference"]
+
+
+def clone_tensors(policy: DenoisingPolicy) -> PolicyTensors:
+    """A copy of the policy's trainable tensors as they are now."""
+    return {name: parameter.detach().clone() for name, parameter in policy.trainable_parameters().items()}
+
+
+def check_names(got: Mapping[str, torch.Tensor], policy: DenoisingPolicy, what: str) -> None:
+    """Raise WeightError naming the first tensor of `got` that does not fit the policy's trainable ones."""
+    parameters = policy.trainable_parameters()
+    for name in sorted(set(parameters) ^ set(got)):
+        fault = "lacks" if name in parameters else "has the foreign tensor"
+        raise WeightError(f"{what} {fault} {name}; it belongs to another model or adapter")
+    for name, parameter in parameters.items():
+        if got[name].shape != parameter.shape:
+            raise WeightError(f"{what}: {name} must be {tuple(parameter.shape)}, got {tuple(got[name].shape)}")
+
+
+@contextmanager
+def using(policy: DenoisingPolicy, tensors: PolicyTensors) -> Generator[None]:
+    """Inside, the policy's parameters hold `tensors`, and no gradient is recorded; afterwards they are as before.
+
+    Do not nest it inside an autocast region: autocast would serve casts of the tensors it saw first.
+    """
+    parameters = policy.trainable_parameters()
+    current = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = tensors[name]
+        with torch.no_grad():
+            yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = current[name]
+
+
+def decay_towards(policy: DenoisingPolicy, tensors: PolicyTensors, decay: float) -> None:
+    """In place: tensors <- decay * tensors + (1 - decay) * current. At decay 0 an exact copy."""
+    for name, parameter in policy.trainable_parameters().items():
+        if decay == 0.0:
+            tensors[name].copy_(parameter.detach())
+        else:
+            tensors[name].mul_(decay).add_(parameter.detach(), alpha=1 - decay)
+
+
+class PolicySet:
+    """The current policy with the relatives an algorithm needs; what a loss asks for velocities."""
+
+    def __init__(self, policy: DenoisingPolicy, precision: Precision, *, old: bool, reference: bool) -> None:
+        self.policy = policy
+        self.precision: Precision = precision
+        self.relatives: dict[Relative, PolicyTensors] = {}
+        if old:
+            self.relatives["old"] = clone_tensors(policy)
+        if reference:
+            self.relatives["reference"] = clone_tensors(policy)
+
+    def velocity(
+        self,
+        state_NCHW: torch.Tensor,
+        sigma_N: torch.Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float = 1.0,
+    ) -> torch.Tensor:
+        """The current policy's velocity, (N, C, H, W) fp32, with gradient where the caller records one."""
+        # One autocast region per forward: its cache of cast weights must not outlive a swap.
+        with autocast(self.precision, self.policy.device):
+            velocity = guided_velocity(self.policy, state_NCHW, sigma_N, conditioning, guidance_scale)
+        return velocity.float()
+
+    def velocity_of(
+        self,
+        relative: Relative,
+        state_NCHW: torch.Tensor,
+        sigma_N: torch.Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float = 1.0,
+    ) -> torch.Tensor:
+        """A relative's velocity, without gradient. Ask before the current policy's: its graph reads the parameters."""
+        with using(self.policy, self.relatives[relative]):
+            return self.velocity(state_NCHW, sigma_N, conditioning, guidance_scale)
