@@ -155,10 +155,10 @@ def main() -> None:
     try:
         app()
     except RaylignError as error:
-        print(f"raylign: {error}", file=sys.stderr)
+        typer.echo(f"raylign: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("raylign: interrupted", file=sys.stderr)
+        typer.echo("raylign: interrupted", err=True)
         sys.exit(130)
 
 

@@ -98,6 +98,7 @@ class Controller:
         await self._publish(start_step)
         if start_step == 0:
             await self._evaluate_if_due(0)
+        self._timeline.drain()
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group

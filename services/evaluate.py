@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -57,13 +58,11 @@ def evaluate_target(
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(target)})})
     results = _evaluate(config, snapshot, pictures)
     _print_table(results)
-    print(json.dumps(results))
+    sys.stdout.write(json.dumps(results) + "\n")
     return results
 
 
-def _evaluate(
-    config: RunConfig, snapshot: WeightSnapshot | None, pictures: Path | None
-) -> dict[str, dict[str, float]]:
+def _evaluate(config: RunConfig, snapshot: WeightSnapshot | None, pictures: Path | None) -> dict[str, dict[str, float]]:
     policy = load_policy(config.model, "rollout", seed=adapter_seed(config))
     num_steps = config.eval.num_steps or config.sampler.num_steps
     shared = {"num_steps": num_steps, "guidance_scale": config.eval.guidance_scale, "shift": config.sampler.shift}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from learner.checkpoint import latest_checkpoint, load_checkpoint
-from learner.learner import current_tensors
+from learner.state import policy_tensors
 from raylign.errors import CheckpointError, ConfigError
 from raylign.models import export_policy
-from rich.console import Console
 from services.config import RunConfig, read_resolved_config
 from services.run_dir import RunDir
 
@@ -33,7 +33,7 @@ def trained_tensors(path: Path) -> dict[str, torch.Tensor]:
     checkpoint = latest_checkpoint(RunDir(path).checkpoints)
     if checkpoint is None:
         raise CheckpointError(f"{path} has no checkpoint; let the run write one (`raylign resume {path}`)")
-    return current_tensors(load_checkpoint(checkpoint).state)
+    return policy_tensors(load_checkpoint(checkpoint).state)
 
 
 def _say_how_to_load(config: RunConfig, directory: Path, adapter_only: bool) -> None:

@@ -103,7 +103,7 @@ class RayFleet:
                 self._send()
                 self._fetch()
                 await asyncio.sleep(_POLL_S)
-        except Exception as error:  # whatever stops the pump must reach those who wait on it, not hang them
+        except Exception as error:  # noqa: BLE001 - whatever stops the pump must reach those who wait on it, not hang them
             for call in [*self._pool.waiting, *self._pool.sent.values()]:
                 if not call.future.done():
                     call.future.set_exception(error)
@@ -111,7 +111,7 @@ class RayFleet:
 
     def _send(self) -> None:
         """Hand waiting calls to actors: pulls to theirs at once, chunks to the least busy with room."""
-        load = {actor_id: 0 for actor_id in self._manager.healthy_actor_ids()}
+        load = dict.fromkeys(self._manager.healthy_actor_ids(), 0)
         for call in self._pool.sent.values():
             if call.verb == "generate" and call.actor_id in load:
                 load[call.actor_id] += 1

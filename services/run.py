@@ -25,7 +25,6 @@ from services.config import RunConfig, read_resolved_config
 from services.console import RunConsole
 from services.controller import Controller
 from services.observer import RunObserver
-from services.report import write_report
 from services.run_dir import RunDir, config_toml
 from services.topology import Topology, build, check_cluster, required_resources
 
@@ -99,6 +98,8 @@ def _go(config: RunConfig, folder: RunDir, resumed: CheckpointManifest | None, a
         except KeyboardInterrupt:
             console.failed(KeyboardInterrupt("interrupted before the step was done"), folder.path)
             return EXIT_INTERRUPTED
+        from services.report import write_report  # the report is built after the run, from its files alone
+
         write_report(folder.path)
         console.finish(folder.read_summary(), folder.path)
         return EXIT_OK if run.status == "finished" else EXIT_INTERRUPTED

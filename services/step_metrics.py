@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -91,7 +92,7 @@ def diversity(groups: Sequence[RolloutGroup]) -> float | None:
         if group.images_GHWC is None:
             continue
         pictures = group.images_GHWC.astype(np.float32).reshape(group.group_size, -1) / 255.0
-        for first in range(len(pictures)):
-            for second in range(first + 1, len(pictures)):
-                distances.append(float(np.sqrt(np.mean((pictures[first] - pictures[second]) ** 2))))
+        distances += [
+            float(np.sqrt(np.mean((one - other) ** 2))) for one, other in itertools.combinations(pictures, 2)
+        ]
     return statistics.fmean(distances) if distances else None
