@@ -191,7 +191,7 @@ def load_pipeline(folder: Path, precision: Precision = "fp32") -> StableDiffusio
 
     try:
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            str(folder), torch_dtype=DTYPES[precision], local_files_only=True
+            str(folder), dtype=DTYPES[precision], local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder} does not load as a {PIPELINE}: {error}") from error
@@ -223,7 +223,7 @@ def _load_transformer(folder: Path) -> SD3Transformer2DModel:
 
     try:
         return SD3Transformer2DModel.from_pretrained(
-            str(folder), subfolder="transformer", torch_dtype=torch.float32, local_files_only=True
+            str(folder), subfolder="transformer", dtype=torch.float32, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder}/transformer does not load: {error}") from error
