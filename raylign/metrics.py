@@ -18,7 +18,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from raylign.errors import ConfigError, RunDirError
 
@@ -111,7 +111,9 @@ class TensorBoardSink:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._events, self._summaries = event_pb2, summary_pb2
+        # Protocol buffers make their classes at import, so a type checker cannot know them.
+        self._events: Any = event_pb2
+        self._summaries: Any = summary_pb2
         folder = run_dir / TENSORBOARD_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         stamp = time.time_ns()
@@ -119,10 +121,10 @@ class TensorBoardSink:
         self.path = folder / f"events.out.tfevents.{stamp // 10**9}.{stamp % 10**9:09d}.{socket.gethostname()}"
         self._file = self.path.open("wb")
         self._records = RecordWriter(self._file)
-        self._write(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._write(self._events.Event(wall_time=time.time(), file_version="brain.Event:2"))
         if resumed_step is not None:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._write(event_pb2.Event(wall_time=time.time(), step=resumed_step + 1, session_log=start))
+            start = self._events.SessionLog(status=self._events.SessionLog.START)
+            self._write(self._events.Event(wall_time=time.time(), step=resumed_step + 1, session_log=start))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         values = [self._summaries.Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
@@ -146,8 +148,8 @@ class TensorBoardSink:
         summary = self._summaries.Summary(value=values)
         self._write(self._events.Event(wall_time=time.time(), step=step, summary=summary))
 
-    def _write(self, event: object) -> None:
-        self._records.write(event.SerializeToString())  # type: ignore[attr-defined]
+    def _write(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
         self._file.flush()
 
 
@@ -213,11 +215,11 @@ def _encode(row: MetricsRow) -> bytes:
     return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 
-def _finite(name: str, value: float) -> float | None:
-    """The value as plain JSON: null if not finite. Whole counts stay integers."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _finite(name: str, value: Any) -> float | None:
+    """The value as plain JSON: null if not finite. Whole counts stay integers, numpy and torch scalars become floats."""
+    if type(value) not in (int, float):
         try:
-            value = float(value)  # numpy and torch scalars
+            value = float(value)
         except (TypeError, ValueError):
             raise TypeError(f"metric {name!r} must be a number, got {value!r}") from None
     return value if math.isfinite(value) else None

@@ -7,9 +7,10 @@ Neither torch nor Ray is imported, so `raylign --help` stays quick.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +32,12 @@ if TYPE_CHECKING:
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARKLINE_WIDTH = 32
 _NAME_WIDTH = 34
+# Sums over the phases, which are shown one by one.
+_TOTALS = ("time/step_s", "time/since_start_s")
 # The words of plain output are ASCII, whatever the encoding of the log that they land in.
-_PLAIN = str.maketrans({"→": "->", "·": "|", "✓": "ok", "✗": "failed:", "…": "...", "–": "-", **dict.fromkeys(_BARS, "")})
+_PLAIN = str.maketrans(
+    {"→": "->", "·": "|", "✓": "ok", "✗": "failed:", "…": "...", "–": "-", **dict.fromkeys(_BARS, "")}
+)
 
 
 @dataclass(slots=True)
@@ -83,9 +88,7 @@ class RunConsole:
     def __enter__(self) -> Self:
         if self.live:
             # Four frames a second keep the spinner turning and cost the cores that train next to nothing.
-            self._block = Live(
-                get_renderable=self._render, console=self.console, refresh_per_second=4, transient=True
-            )
+            self._block = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=True)
             self._block.start()
         return self
 
@@ -101,7 +104,7 @@ class RunConsole:
             block.stop()
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Generator[None]:
         """One thing that start-up waits for; says how long it took. Phases may overlap."""
         began = self._clock()
         self._phases[name] = Spinner("dots", Text(f"{name} …", "dim"), style="cyan")
@@ -205,9 +208,7 @@ class RunConsole:
         if self._training:
             state = self._state
             bar = Table.grid(padding=(0, 1))
-            progress = ProgressBar(
-                total=max(1, state.num_steps), completed=state.step, width=28, complete_style="cyan"
-            )
+            progress = ProgressBar(total=max(1, state.num_steps), completed=state.step, width=28, complete_style="cyan")
             bar.add_row(Text("step", "bold"), progress, self._step_text(), Text(self._remaining(), "dim"))
             rows.append(Text())
             rows.append(bar)
@@ -244,7 +245,7 @@ class RunConsole:
     def _eval_text(self) -> Text:
         """Each held-out mean against the first one seen."""
         pieces = []
-        for name, value in self._state.eval_last.items():
+        for name, value in headline_means(self._state.eval_last).items():
             first = self._state.eval_first.get(name, value)
             change = Text(f"{value:.3f}") if first == value else _change(first, value)
             pieces.append(Text.assemble((f"{name} ", "dim"), change))
@@ -254,7 +255,7 @@ class RunConsole:
         phases = {
             name.removeprefix("time/").removesuffix("_s"): value
             for name, value in self._state.metrics.items()
-            if name.startswith("time/")
+            if name.startswith("time/") and name not in _TOTALS and value >= 0.05
         }
         times = " · ".join(f"{name} {duration(value)}" for name, value in phases.items())
         rate = self._state.metrics.get("throughput/samples_per_s")
@@ -273,6 +274,15 @@ class RunConsole:
         return Text(" · ".join(pieces), "yellow")
 
 
+def headline_means(means: Mapping[str, float]) -> dict[str, float]:
+    """The held-out means worth a line: each reward and its details, diversity, and the mix if rewards are mixed."""
+    shown = {name: value for name, value in means.items() if name != "std_within_group"}
+    rewards = [name for name in shown if "/" not in name and name not in ("mean", "diversity")]
+    if len(rewards) == 1:
+        shown.pop("mean", None)
+    return shown
+
+
 def sparkline(values: Sequence[float], width: int = _SPARKLINE_WIDTH) -> str:
     """Finite values as a row of bars, from the lowest seen to the highest; long series are averaged to `width`."""
     values = [value for value in values if math.isfinite(value)]
@@ -280,14 +290,14 @@ def sparkline(values: Sequence[float], width: int = _SPARKLINE_WIDTH) -> str:
         return ""
     count = min(width, len(values))
     edges = [round(index * len(values) / count) for index in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, high = min(means), max(means)
     span = (high - low) or 1.0
     return "".join(_BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means)
 
 
 def duration(seconds: float) -> str:
-    """"0.4 s", "12 s", "3m 05s", "2h 07m"."""
+    """ "0.4 s", "12 s", "3m 05s", "2h 07m"."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -327,7 +337,7 @@ def _delta(first: float, last: float) -> Text:
 
 
 def _change(first: float | None, last: float | None) -> Text:
-    """"0.390 → 0.860", the last one coloured by its direction."""
+    """ "0.390 → 0.860", the last one coloured by its direction."""
     if first is None or last is None:
         return Text(f"{'–' if first is None else f'{first:.3f}'} → {'–' if last is None else f'{last:.3f}'}")
     style = "bold green" if last > first else "bold red" if last < first else ""
@@ -338,15 +348,18 @@ def _outcome_lines(summary: Mapping[str, Any], rewards: Sequence[float]) -> list
     """What changed: held-out means, then steps, time and the weights' identity."""
     lines: list[Text] = []
     initial, final = summary.get("eval_initial") or {}, summary.get("eval_final") or {}
-    for name in dict.fromkeys((*initial, *final)):
+    for name in headline_means({**initial, **final}):
         label = f"held-out {name.removeprefix('eval/')}".ljust(_NAME_WIDTH - 10)
         lines.append(Text.assemble(label, " ", _change(initial.get(name), final.get(name))))
     if len(rewards) > 1:
         label = "training reward".ljust(_NAME_WIDTH - 10)
         lines.append(Text.assemble(label, " ", _change(rewards[0], rewards[-1]), (f"  {sparkline(rewards)}", "cyan")))
     facts = [f"{summary['num_steps']} steps"] if "num_steps" in summary else []
-    facts += [f"{word} {duration(summary[key])}" for word, key in (("training", "train_s"), ("in all", "total_s"))
-              if summary.get(key) is not None]
+    facts += [
+        f"{word} {duration(summary[key])}"
+        for word, key in (("training", "train_s"), ("in all", "total_s"))
+        if summary.get(key) is not None
+    ]
     if summary.get("weights_sha256"):
         facts.append(f"weights {str(summary['weights_sha256'])[:12]} (version {summary.get('weight_version', '?')})")
     return [*lines, Text(" · ".join(facts), "dim")]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import logging
 import os
 import secrets
 import shutil
@@ -20,9 +21,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Generator, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -125,7 +127,7 @@ def local_cluster(
     dashboard: bool = False,
     num_gpus: int | None = None,
     object_store_bytes: int | None = None,
-) -> Iterator[StartedCluster]:
+) -> Generator[StartedCluster]:
     """A Ray cluster for this run alone; afterwards its processes and its temp folder are gone.
 
     If the body raises, what workers wrote to stderr is kept in `run_dir/logs` and the error says so.
@@ -145,7 +147,7 @@ def local_cluster(
                     object_store_memory=object_store_bytes,
                     include_dashboard=dashboard,
                     log_to_driver=False,
-                    logging_level="ERROR",
+                    logging_level=logging.ERROR,
                     _temp_dir=str(temp_dir),
                 )
             except Exception as error:  # whatever Ray raises here, the user can only act on the cluster
@@ -156,9 +158,8 @@ def local_cluster(
                 _keep_logs(failure, temp_dir, run_dir)
                 raise failure from error
         servers = set(psutil.Process().children()) - others
-        address, url = str(context.address_info["gcs_address"]), context.dashboard_url or None
         try:
-            yield StartedCluster(address, f"http://{url}" if url else None, temp_dir, time.perf_counter() - began)
+            yield _started(context, temp_dir, began)
         except Exception as error:  # raised again at once; only the logs are saved before their folder goes
             _keep_logs(error, temp_dir, run_dir)
             raise
@@ -170,7 +171,7 @@ def local_cluster(
 
 
 @contextlib.contextmanager
-def join_cluster(address: str, runtime_env: Mapping[str, object] | None = None) -> Iterator[StartedCluster]:
+def join_cluster(address: str, runtime_env: Mapping[str, object] | None = None) -> Generator[StartedCluster]:
     """Connect to a running cluster ("auto", or host:port) and disconnect afterwards; the cluster goes on."""
     import ray
 
@@ -181,24 +182,27 @@ def join_cluster(address: str, runtime_env: Mapping[str, object] | None = None) 
     with _signals_kept():
         try:
             context = ray.init(
-                address=address, log_to_driver=False, logging_level="ERROR", runtime_env=environment
+                address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment
             )
         except Exception as error:  # whatever Ray raises here, the user can only act on the address or the token
             raise ClusterError(
-                f"cannot join the Ray cluster at {address!r}: {_first_line(error)}; check the address with `ray status`, and if "
-                "the cluster uses tokens set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token file"
+                f"cannot join the Ray cluster at {address!r}: {_first_line(error)}; check the address with "
+                "`ray status`, and if the cluster uses tokens set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its "
+                "token file"
             ) from error
-    url = context.dashboard_url or None
     try:
-        yield StartedCluster(
-            str(context.address_info["gcs_address"]), f"http://{url}" if url else None, None, time.perf_counter() - began
-        )
+        yield _started(context, None, began)
     finally:
         ray.shutdown()
 
 
+def _started(context: Any, temp_dir: Path | None, began: float) -> StartedCluster:
+    url = f"http://{context.dashboard_url}" if context.dashboard_url else None
+    return StartedCluster(str(context.address_info["gcs_address"]), url, temp_dir, time.perf_counter() - began)
+
+
 @contextlib.contextmanager
-def _own_settings(run_dir: Path) -> Iterator[None]:
+def _own_settings(run_dir: Path) -> Generator[None]:
     """The token of this cluster for as long as it lives, so that a later cluster of this process gets its own."""
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
     before = {name: os.environ.get(name) for name in names}
@@ -216,7 +220,7 @@ def _own_settings(run_dir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
+def _signals_kept() -> Generator[None]:
     """ray.init replaces the handler of SIGTERM; the run's own graceful stop must stay."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -229,7 +233,7 @@ def _signals_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _temp_dir() -> Iterator[Path]:
+def _temp_dir() -> Generator[Path]:
     """A short temp folder of our own, removed afterwards; also removes those that killed runs left behind.
 
     Each is locked by the process that owns it, and the kernel frees the lock when that process dies.

@@ -1,0 +1,258 @@
+"""`raylign report`: one self-contained HTML page about a run, from its directory alone.
+
+Pictures and charts are inlined, nothing is loaded from anywhere, and every text is escaped. A run that is still
+going, or that ended early, gets a page of what there is.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import io
+import os
+import platform
+import statistics
+import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from PIL import Image
+
+from raylign.errors import RunDirError
+from raylign.metrics import MetricsRow, read_metrics
+from services.charts import Points, line_chart, stacked_chart
+from services.console import duration, headline_means
+from services.run_dir import RunDir, write_atomic
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_LIBRARIES = ("raylign", "torch", "ray", "diffusers", "transformers", "peft", "numpy")
+_MAX_GRIDS = 8
+_INLINE_BYTES = 1_500_000
+"""A larger PNG is inlined as JPEG, so that a page with many grids still opens at once."""
+_TIME_TOTALS = ("time/step_s", "time/since_start_s")
+_NOT_CURVES = ("step", "weight_version", *_TIME_TOTALS)
+
+Series = Mapping[str, Points]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chart:
+    title: str
+    svg: Markup
+
+
+@dataclass(frozen=True, slots=True)
+class _ChartRow:
+    """One chart: which metrics it shows, and how."""
+
+    title: str
+    shows: Callable[[str], bool]
+    floor_zero: bool = False
+
+
+def _is_spread(name: str) -> bool:
+    return name.endswith(("/std_within_group", "/diversity"))
+
+
+# The order of the page. What no row shows follows under "more metrics".
+_CHARTS = (
+    _ChartRow("Training reward", lambda name: name.startswith("reward/") and not _is_spread(name)),
+    _ChartRow("Held-out rewards", lambda name: name.startswith("eval/") and not _is_spread(name)),
+    _ChartRow("Diversity and spread within groups", _is_spread, floor_zero=True),
+    _ChartRow("Loss", lambda name: name in ("loss", "loss/policy")),
+    _ChartRow("Distance from the reference (KL)", lambda name: "kl" in name.split("/"), floor_zero=True),
+    _ChartRow("Gradient norm", lambda name: "grad_norm" in name or name.startswith("grad"), floor_zero=True),
+    _ChartRow("Policy ratio", lambda name: name.startswith("ratio/")),
+    _ChartRow("Samples per second", lambda name: name == "throughput/samples_per_s", floor_zero=True),
+    _ChartRow("Staleness (versions)", lambda name: name.startswith("staleness/"), floor_zero=True),
+    _ChartRow("Failures per step", lambda name: name.startswith("failed/"), floor_zero=True),
+)
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into a run directory and return its path. Raises RunDirError if it is none."""
+    run = RunDir(run_dir)
+    if not run.path.is_dir() or not (run.config.exists() or run.metrics.exists() or run.summary.exists()):
+        raise RunDirError(
+            f"{run_dir} holds no run (no config.toml, metrics.jsonl or summary.json); give a run's folder"
+        )
+    rows, summary = read_metrics(run.metrics), run.read_summary()
+    charts, more_charts = _charts(rows)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template("report.html").render(
+        title=run.path.resolve().name,
+        run_dir=run.path.resolve(),
+        status=summary.get("status", "no summary yet"),
+        status_class={"finished": "good", "failed": "bad"}.get(str(summary.get("status")), ""),
+        facts=_facts(rows, summary),
+        outcomes=_outcomes(rows, summary),
+        before_after=_inline(run.before_after),
+        charts=charts,
+        more_charts=more_charts,
+        samples=_samples(run.samples),
+        tables=[
+            {"title": "Configuration", "rows": _config_rows(run.config)},
+            {"title": "Environment and result", "rows": _environment_rows(summary)},
+        ],
+        written=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    )
+    write_atomic(run.report, page.encode())
+    return run.report
+
+
+def _charts(rows: Sequence[MetricsRow]) -> tuple[list[_Chart], list[_Chart]]:
+    """The page's charts, and one small chart for each metric that none of them shows."""
+    series = _series(rows)
+    phases = {
+        name.removeprefix("time/").removesuffix("_s"): points
+        for name, points in series.items()
+        if name.startswith("time/")
+    }
+    charts: list[_Chart] = []
+    shown = {name for name in series if name.startswith("time/")}
+    for row in _CHARTS:
+        chosen = {name: points for name, points in series.items() if row.shows(name)}
+        shown |= set(chosen)
+        if any(value for points in chosen.values() for _, value in points):
+            charts.append(_Chart(row.title, Markup(line_chart(_without_mix(chosen), row.floor_zero))))
+    svg = stacked_chart(phases)
+    if svg:
+        charts.append(_Chart("Seconds per step, by phase", Markup(svg)))
+    more = [_Chart(name, Markup(line_chart({name: points}))) for name, points in series.items() if name not in shown]
+    return [c for c in charts if c.svg], [c for c in more if c.svg]
+
+
+def _series(rows: Sequence[MetricsRow]) -> dict[str, list[tuple[float, float]]]:
+    """Metrics by name over steps; nulls are gaps."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name not in _NOT_CURVES and value is not None:
+                series.setdefault(name, []).append((row["step"] or 0, value))
+    return series
+
+
+def _without_mix(series: Series) -> Series:
+    """Without `x/mean` where it only repeats a single reward."""
+    for name, points in series.items():
+        prefix, _, last = name.partition("/")
+        others = [other for other in series if other.startswith(f"{prefix}/") and other.count("/") == 1]
+        if last == "mean" and any(other != name and series[other] == points for other in others):
+            return {other: values for other, values in series.items() if other != name}
+    return series
+
+
+def _outcomes(rows: Sequence[MetricsRow], summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What changed, as the cards of the header: held-out means, or else the training reward."""
+    initial, final = summary.get("eval_initial") or {}, summary.get("eval_final") or {}
+    pairs = {f"held-out {name}": (initial.get(name), final.get(name)) for name in headline_means({**initial, **final})}
+    rewards = [value for row in rows if (value := row.get("reward/mean")) is not None]
+    if not pairs and len(rewards) > 1:
+        pairs["training reward"] = (rewards[0], rewards[-1])
+    return [
+        {
+            "name": name,
+            "before": _number(before),
+            "after": _number(after),
+            "direction": ""
+            if before is None or after is None or before == after
+            else "up"
+            if after > before
+            else "down",
+        }
+        for name, (before, after) in pairs.items()
+    ]
+
+
+def _facts(rows: Sequence[MetricsRow], summary: Mapping[str, Any]) -> list[str]:
+    """One line: steps, time, throughput, weights."""
+    steps = summary.get("num_steps") or max((int(row["step"] or 0) for row in rows), default=0)
+    facts = [f"{steps} steps"]
+    for word, key in (("trained for", "train_s"), ("in all", "total_s")):
+        if summary.get(key) is not None:
+            facts.append(f"{word} {duration(float(summary[key]))}")
+    rates = [rate for row in rows if (rate := row.get("throughput/samples_per_s")) is not None]
+    if rates:
+        facts.append(f"{statistics.median(rates):.1f} samples/s")
+    if summary.get("weights_sha256"):
+        facts.append(f"weights {str(summary['weights_sha256'])[:12]}")
+    return facts
+
+
+def _samples(folder: Path) -> list[dict[str, str]]:
+    """The sample grids, first and last included; evenly thinned out if there are many."""
+    paths = sorted(folder.glob("step_*.png"))
+    if len(paths) > _MAX_GRIDS:
+        chosen = {round(index * (len(paths) - 1) / (_MAX_GRIDS - 1)) for index in range(_MAX_GRIDS)}
+        paths = [path for index, path in enumerate(paths) if index in chosen]
+    grids: list[dict[str, str]] = []
+    for path in paths:
+        data = _inline(path)
+        if data is not None:
+            number = path.stem.removeprefix("step_")
+            grids.append({"title": f"step {int(number)}" if number.isdigit() else path.stem, "data": data})
+    return grids
+
+
+def _inline(path: Path) -> str | None:
+    """A picture as a data URL, None if there is none or it is half written."""
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as picture:
+            if len(data) <= _INLINE_BYTES:
+                picture.verify()
+                return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+            jpeg = io.BytesIO()
+            picture.convert("RGB").save(jpeg, format="JPEG", quality=88)
+    except (OSError, SyntaxError):  # Pillow reports a broken PNG as a SyntaxError
+        return None
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
+
+
+def _config_rows(path: Path) -> list[tuple[str, str]]:
+    """The resolved configuration, flat; its text if it cannot be parsed."""
+    if not path.exists():
+        return [("config.toml", "missing")]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return _flatten(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        return [("config.toml", f"cannot be parsed: {error}")]
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(item, dict):
+            rows.extend(_flatten(item, f"{name}."))
+        elif isinstance(item, list) and item and all(isinstance(part, dict) for part in item):
+            for index, part in enumerate(item):
+                rows.extend(_flatten(part, f"{name}.{index}."))
+        else:
+            rows.append((name, str(item)))
+    # Plain keys above tables, as in the file that a person writes.
+    return sorted(rows, key=lambda row: row[0].count(".") > prefix.count("."))
+
+
+def _environment_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the summary says, and where this page was written."""
+    told = [row for row in _flatten(summary) if not row[0].startswith(("eval_initial.", "eval_final."))]
+    here = [("Python", platform.python_version()), ("system", platform.platform()), ("cores", str(os.cpu_count()))]
+    for name in _LIBRARIES:
+        try:
+            here.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return [*told, *here]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
