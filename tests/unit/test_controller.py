@@ -1,0 +1,197 @@
+"""The loop with fakes: order of events, staleness, failures, stops. No model, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from raylign.config import parse_config
+from raylign.errors import NumericsError, RewardError, StalenessError
+from raylign.types import Prompt, RewardSample, RolloutGroup, RolloutStatus
+from rollout.prompts import GroupTask, PromptStream
+from services.config import RunConfig
+from services.controller import Controller, check_age
+from tests.fakes import FakeFleet, FakeLearner, FakeScorer, make_group
+
+PROMPTS = [Prompt(str(n), f"prompt {n}") for n in range(5)]
+
+
+class Recorder:
+    """An Observer that remembers."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, dict[str, float]]] = []
+        self.evaluations: list[int] = []
+
+    def stepped(self, step: int, metrics: Mapping[str, float], groups: Sequence[RolloutGroup]) -> None:
+        self.steps.append((step, dict(metrics)))
+
+    def evaluated(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+        self.evaluations.append(step)
+
+
+class Run:
+    """A controller over fakes and what it left behind."""
+
+    def __init__(
+        self,
+        scorer: FakeScorer | None = None,
+        learner: FakeLearner | None = None,
+        seed: int = 0,
+        settings: Mapping[str, Any] | None = None,
+        **config: Any,
+    ) -> None:
+        settings = {"num_steps": 4, "group_size": 2, "groups_per_step": 3, **config, **(settings or {})}
+        self.config = parse_config(RunConfig, settings, "test")
+        self.fleet, self.learner, self.recorder = FakeFleet(seed), learner or FakeLearner(), Recorder()
+        self.saved: list[int] = []
+        self.controller = Controller(
+            self.config,
+            PromptStream(PROMPTS, 0),
+            [GroupTask(PROMPTS[0], -1, 0)],
+            self.fleet,
+            scorer or FakeScorer(),
+            self.learner,
+            self.recorder,
+            self._save,
+        )
+
+    async def _save(self, step: int) -> None:
+        self.saved.append(step)
+
+    def go(self, start_step: int = 0) -> Run:
+        asyncio.run(asyncio.wait_for(self.controller.run(start_step), timeout=20))
+        return self
+
+
+def test_a_synchronous_run_trains_every_prompt_in_order_with_the_newest_weights() -> None:
+    run = Run().go()
+    sequences = [[group.sequence for group in step] for step in run.learner.trained]
+    assert sequences == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    for step, groups in enumerate(run.learner.trained, 1):
+        assert {group.min_version for group in groups} == {step - 1}
+        assert all(group.images_GHWC is None for group in groups)
+    assert [step for step, _ in run.recorder.steps] == [1, 2, 3, 4]
+    assert run.recorder.evaluations == [0, 4]
+    assert run.saved == [4]
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+@pytest.mark.parametrize("seed", range(6))
+def test_no_group_is_ever_older_than_allowed(staleness: int, seed: int) -> None:
+    run = Run(seed=seed, num_steps=10, max_staleness=staleness).go()
+    ages = [step - 1 - g.min_version for step, groups in enumerate(run.learner.trained, 1) for g in groups]
+    assert max(ages) <= staleness
+    assert [s for s, _ in run.recorder.steps] == list(range(1, 11))
+
+
+def test_old_weights_are_out_before_they_change() -> None:
+    run = Run(num_steps=6, max_staleness=1).go()
+    published = [call[1] for call in run.learner.calls if call[0] == "publish" and call[2] == "rollout"]
+    assert published == list(range(7))
+    for step in range(1, 6):
+        assert run.learner.calls.index(("publish", step, "rollout")) < run.learner.calls.index(
+            ("optimise", step + 1, 0)
+        )
+
+
+def test_updates_per_step_are_all_made() -> None:
+    run = Run(num_steps=2, settings={"learner": {"updates_per_step": 3}}).go()
+    assert [call[2] for call in run.learner.calls if call[0] == "optimise" and call[1] == 2] == [0, 1, 2]
+
+
+def test_a_reward_that_fails_for_one_sample_masks_that_sample() -> None:
+    def value(sample: RewardSample) -> float | None:
+        return None if sample.id.endswith("/0/1") and sample.prompt.id == "2" else 1.0
+
+    run = Run(FakeScorer(value)).go()
+    failed = [
+        (group.prompt.id, rollout.key.sample_index)
+        for groups in run.learner.trained
+        for group in groups
+        for rollout in group.rollouts
+        if rollout.status is RolloutStatus.REWARD_FAILED
+    ]
+    assert set(failed) == {("2", 1)}
+    assert sum(metrics["failed/reward_failed"] for _, metrics in run.recorder.steps) == len(failed)
+    assert run.saved == [4]
+
+
+def test_a_reward_that_fails_for_all_stops_the_run_after_its_checkpoint() -> None:
+    calls = iter(range(1000))
+    run = Run(FakeScorer(lambda sample: 1.0 if next(calls) < 2 + 6 + 6 else None))
+    with pytest.raises(ExceptionGroup) as raised:
+        run.go()
+    (error,) = raised.value.exceptions
+    assert isinstance(error, RewardError)
+    assert "out of ink" in str(error)
+    assert "step 3: 6 of 6" in str(error)
+    assert run.saved == [2]
+    assert len(run.learner.trained) == 2
+
+
+def test_refused_updates_are_counted_and_too_many_in_a_row_stop_the_run() -> None:
+    run = Run(num_steps=8, learner=FakeLearner(finite=lambda step: step < 3), max_refused_steps=2)
+    with pytest.raises(ExceptionGroup) as raised:
+        run.go()
+    assert isinstance(raised.value.exceptions[0], NumericsError)
+    assert run.recorder.steps[-1][0] == 3
+    assert run.recorder.steps[-1][1]["failed/refused_updates"] == 1
+    assert run.saved == [3]
+
+
+def test_one_refused_update_does_not_stop_the_run() -> None:
+    run = Run(learner=FakeLearner(finite=lambda step: step != 2)).go()
+    assert [metrics["failed/refused_updates"] for _, metrics in run.recorder.steps] == [0, 1, 0, 0]
+
+
+def test_stop_ends_at_a_step_boundary_with_a_checkpoint() -> None:
+    run = Run(num_steps=50)
+    stepped = run.recorder.stepped
+
+    def stop_after_two(step: int, metrics: Mapping[str, float], groups: Sequence[RolloutGroup]) -> None:
+        stepped(step, metrics, groups)
+        if step == 2:
+            run.controller.stop.set()
+
+    run.recorder.stepped = stop_after_two  # type: ignore[method-assign]  # the recorder is the test's own
+    run.go()
+    assert run.saved == [2]
+    assert run.controller.step == 2
+
+
+def test_a_dead_background_task_ends_the_run_with_its_error() -> None:
+    run = Run()
+
+    class Broken(FakeFleet):
+        async def generate(self, request: Any) -> list[RolloutGroup]:
+            if self.num_chunks == 5:
+                raise RuntimeError("wire cut")
+            return await super().generate(request)
+
+    run.controller._fleet = Broken()
+    with pytest.raises(ExceptionGroup) as raised:
+        run.go()
+    assert raised.group_contains(RuntimeError, match="wire cut")
+
+
+def test_checkpoints_and_evaluations_follow_their_intervals() -> None:
+    run = Run(num_steps=6, checkpoint={"every_steps": 2}, eval={"every_steps": 3}).go()
+    assert run.saved == [2, 4, 6]
+    assert run.recorder.evaluations == [0, 3, 6]
+
+
+def test_a_resumed_run_goes_on_with_the_next_prompts() -> None:
+    run = Run().go(start_step=2)
+    assert [[g.sequence for g in step] for step in run.learner.trained] == [[6, 7, 8], [9, 10, 11]]
+    assert run.recorder.evaluations == [4]
+
+
+def test_a_group_that_is_too_old_is_refused() -> None:
+    group = make_group(GroupTask(PROMPTS[0], 0, 0), (0, 1), version=3)
+    check_age([group], newest=4, max_staleness=1)
+    with pytest.raises(StalenessError, match="2 versions old"):
+        check_age([group], newest=5, max_staleness=1)

@@ -1,0 +1,172 @@
+"""The engine: keyed samples whatever the batch around them, chunks from the configuration, failures as values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from raylign.errors import WeightError
+from raylign.samplers import make_sampler
+from raylign.samplers.euler_ode import EulerOdeConfig
+from raylign.samplers.flow_sde import FlowSdeConfig
+from raylign.types import Needs, Prompt, RolloutStatus
+from rollout.engine import ChunkRequest, RolloutEngine, SamplerSetup, chunk_requests, join_parts
+from rollout.prompts import GroupTask
+from tests.fakes import TwoNumberPolicy
+
+ONE, TWO = GroupTask(Prompt("1", "one"), 0, 0), GroupTask(Prompt("2", "number two"), 0, 1)
+
+
+def _engine(run_seed: int = 0, guidance_scale: float = 1.0) -> RolloutEngine:
+    policy = TwoNumberPolicy()
+    setups = {
+        "rollout": SamplerSetup(
+            make_sampler(FlowSdeConfig(num_steps=4), 1.0), guidance_scale, Needs.STEPS | Needs.LOGPROBS
+        ),
+        "eval": SamplerSetup(make_sampler(EulerOdeConfig(num_steps=3), 1.0), 1.0, Needs.FINAL),
+    }
+    engine = RolloutEngine(policy, setups, run_seed)
+    for slot in ("rollout", "eval"):
+        engine.pull(policy.export_weights(7), slot)
+    return engine
+
+
+def test_a_sample_is_the_same_alone_and_among_others() -> None:
+    together = _engine().generate(ChunkRequest((ONE, TWO), (0, 1, 2)))[1]
+    alone = _engine().generate(ChunkRequest((TWO,), (1,)))[0]
+    assert torch.equal(together.trajectory.final_GCHW[1], alone.trajectory.final_GCHW[0])
+    assert together.rollouts[1].key == alone.rollouts[0].key
+    other_seed = _engine(run_seed=1).generate(ChunkRequest((TWO,), (1,)))[0]
+    assert not torch.equal(alone.trajectory.final_GCHW, other_seed.trajectory.final_GCHW)
+
+
+def test_what_the_algorithm_needs_is_recorded_and_scores_as_it_was_sampled() -> None:
+    engine = _engine()
+    (group,) = engine.generate(ChunkRequest((ONE,), (0, 1)))
+    states, logprobs = group.trajectory.states_GS1CHW, group.trajectory.rollout_logprob_GS
+    assert states is not None
+    assert logprobs is not None
+    assert states.shape == (2, 5, 1, 2, 3)
+    assert torch.equal(states[:, -1], group.trajectory.final_GCHW)
+    sampler = make_sampler(FlowSdeConfig(num_steps=4), 1.0)
+    conditioning = group.conditioning.repeat(2)
+    for step in range(4):
+        velocity = engine.policy.predict(states[:, step], sampler.sigmas_S1[step].expand(2), conditioning)
+        again = sampler.transition(velocity, states[:, step], step).logprob(states[:, step + 1])
+        assert torch.equal(again, logprobs[:, step])
+
+
+def test_evaluation_has_its_own_sampler_and_records_only_the_end() -> None:
+    (group,) = _engine().generate(ChunkRequest((ONE,), (0,), "eval"))
+    assert group.trajectory.states_GS1CHW is None
+    assert group.trajectory.rollout_logprob_GS is None
+    assert len(group.trajectory.sigmas_S1) == 4
+
+
+def test_a_state_that_is_not_finite_fails_its_sample_only() -> None:
+    engine = _engine()
+
+    class Spoiled(TwoNumberPolicy):
+        def predict(self, state_BCHW, sigma_B, conditioning):  # type: ignore[no-untyped-def]
+            velocity = super().predict(state_BCHW, sigma_B, conditioning).clone()
+            velocity[1] = torch.nan
+            return velocity
+
+    spoiled = Spoiled()
+    engine = RolloutEngine(spoiled, engine._setups, 0)
+    engine.pull(spoiled.export_weights(0))
+    (group,) = engine.generate(ChunkRequest((ONE,), (0, 1, 2)))
+    assert [r.status for r in group.rollouts] == [
+        RolloutStatus.OK,
+        RolloutStatus.GENERATION_FAILED,
+        RolloutStatus.OK,
+    ]
+    assert torch.isfinite(group.trajectory.final_GCHW[[0, 2]]).all()
+
+
+def test_prompts_are_encoded_once() -> None:
+    engine = _engine()
+    for _ in range(3):
+        engine.generate(ChunkRequest((ONE, TWO), (0,)))
+    assert engine.policy.num_encoded == 2  # type: ignore[attr-defined]
+
+
+def test_versions_are_recorded_and_weights_swap_between_batches() -> None:
+    engine = _engine()
+    before = engine.generate(ChunkRequest((ONE,), (0,)))[0]
+    with torch.no_grad():
+        engine.policy.trainable_parameters()["scale"].fill_(0.9)
+    engine.pull(engine.policy.export_weights(8))
+    after = engine.generate(ChunkRequest((ONE,), (0,)))[0]
+    assert (before.min_version, after.min_version) == (7, 8)
+    assert not torch.equal(before.trajectory.final_GCHW, after.trajectory.final_GCHW)
+    # The evaluation slot still holds version 7 and gives way to the rollout slot again.
+    assert engine.generate(ChunkRequest((ONE,), (0,), "eval"))[0].min_version == 7
+    again = engine.generate(ChunkRequest((ONE,), (0,)))[0]
+    assert torch.equal(again.trajectory.final_GCHW, after.trajectory.final_GCHW)
+
+
+def test_a_torn_snapshot_is_refused_and_the_old_weights_stay() -> None:
+    engine = _engine()
+    before = engine.generate(ChunkRequest((ONE,), (0,)))[0]
+    good = engine.policy.export_weights(8)
+    array = good.arrays["float32"].copy()
+    array[0] += 1
+    with pytest.raises(WeightError, match="scale is torn"):
+        engine.pull(replace(good, arrays={"float32": array}))
+    after = engine.generate(ChunkRequest((ONE,), (0,)))[0]
+    assert after.min_version == 7
+    assert torch.equal(before.trajectory.final_GCHW, after.trajectory.final_GCHW)
+
+
+def test_generating_before_any_pull_is_an_error() -> None:
+    engine = RolloutEngine(TwoNumberPolicy(), _engine()._setups, 0)
+    with pytest.raises(WeightError, match="pull a snapshot"):
+        engine.generate(ChunkRequest((ONE,), (0,)))
+
+
+def test_guidance_extrapolates_from_the_unconditional_velocity() -> None:
+    plain = _engine().generate(ChunkRequest((TWO,), (0,)))[0]
+    guided = _engine(guidance_scale=3.0).generate(ChunkRequest((TWO,), (0,)))[0]
+    assert guided.conditioning.negative_embeds_PLD is not None
+    # The fake's velocity is linear in the prompt, so guidance 3 is a prompt three times as long.
+    engine = _engine()
+    triple = GroupTask(Prompt("2", TWO.prompt.text * 3), 0, 1)
+    expected = engine.generate(ChunkRequest((triple,), (0,)))[0]
+    assert torch.allclose(guided.trajectory.final_GCHW, expected.trajectory.final_GCHW, atol=1e-5)
+    assert not torch.allclose(guided.trajectory.final_GCHW, plain.trajectory.final_GCHW, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "chunk_size", "expected"),
+    [
+        (2, 2, [(2, 1), (2, 1), (2, 1)]),
+        (2, 4, [(2, 2), (2, 1)]),
+        (4, 2, [(2, 1)] * 6),
+    ],
+)
+def test_chunks_come_from_sizes_alone(group_size: int, chunk_size: int, expected: list[tuple[int, int]]) -> None:
+    tasks = [GroupTask(Prompt(str(n), "p"), 0, n) for n in range(3)]
+    requests = chunk_requests(tasks, group_size, chunk_size)
+    assert [(len(r.sample_indices), len(r.tasks)) for r in requests] == expected
+
+
+@pytest.mark.parametrize(("group_size", "chunk_size"), [(4, 6), (4, 3)])
+def test_sizes_that_do_not_fit_are_refused(group_size: int, chunk_size: int) -> None:
+    with pytest.raises(ValueError, match="chunk_size"):
+        chunk_requests([ONE], group_size, chunk_size)
+
+
+def test_parts_join_into_the_group_they_were_cut_from() -> None:
+    engine = _engine()
+    (whole,) = engine.generate(ChunkRequest((ONE,), (0, 1, 2, 3)))
+    parts = [engine.generate(request)[0] for request in chunk_requests([ONE], 4, 2)]
+    joined = join_parts(parts)
+    assert [r.key for r in joined.rollouts] == [r.key for r in whole.rollouts]
+    assert torch.equal(joined.trajectory.final_GCHW, whole.trajectory.final_GCHW)
+    assert joined.images_GHWC is not None
+    assert whole.images_GHWC is not None
+    assert np.array_equal(joined.images_GHWC, whole.images_GHWC)
