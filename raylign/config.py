@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from raylign.errors import ConfigError
 
@@ -26,9 +26,25 @@ class Config(BaseModel):
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_default_types(cls, data: Any) -> Any:
+        """A table without `type` is of its default's type, so that `--sampler.num_steps 8` is enough."""
+        if not isinstance(data, dict):
+            return data
+        filled = dict(data)
+        for name, field in cls.model_fields.items():
+            table, default_type = filled.get(name), getattr(field.default, "type", None)
+            if isinstance(table, dict) and "type" not in table and default_type is not None:
+                filled[name] = {"type": default_type, **table}
+        return filled
+
 
 def load_config(
-    cls: type[ConfigT], path: Path | None, overrides: Mapping[str, str] | None = None, base: Mapping[str, Any] | None = None
+    cls: type[ConfigT],
+    path: Path | None,
+    overrides: Mapping[str, str] | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> ConfigT:
     """Read a TOML file (or none: all defaults), apply dotted overrides, and validate.
 
