@@ -35,7 +35,7 @@ def test_the_default_run_needs_no_value() -> None:
     ],
 )
 def test_a_mistyped_key_names_the_nearest(key: str, near: str) -> None:
-    with pytest.raises(ConfigError, match=f"unknown key; did you mean `{near}`"):
+    with pytest.raises(ConfigError, match=rf"unknown key; did you mean `{near}`"):
         _load(**{key: "1"})
 
 
@@ -107,7 +107,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     broken.write_text("seed = = 3")
     with pytest.raises(ConfigError, match=r"broken\.toml is not valid TOML"):
         load_config(RunConfig, broken)
-    with pytest.raises(ConfigError, match="shipped: .*quickstart_image"):
+    with pytest.raises(ConfigError, match=r"shipped: .*quickstart_image"):
         find_config("quickstart_imag")
     with pytest.raises(ConfigError, match="Raylign ships no 'asset:glyph'"):
         resolve("asset:glyph")
