@@ -216,7 +216,7 @@ def _encode(row: MetricsRow) -> bytes:
 
 
 def _finite(name: str, value: Any) -> float | None:
-    """The value as plain JSON: null if not finite. Whole counts stay integers, numpy and torch scalars become floats."""
+    """The value as plain JSON: null if not finite. Counts stay integers; numpy and torch scalars become floats."""
     if type(value) not in (int, float):
         try:
             value = float(value)

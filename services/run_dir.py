@@ -54,15 +54,10 @@ class RunDir:
         run = cls(path if path is not None else _fresh_path(root, Path(config_name).stem))
         run._make_folder(run.path)
         run._acquire()
-        held = [item.name for item in (run.config, run.metrics, run.summary) if item.exists()]
-        if run.checkpoints.exists() and any(run.checkpoints.iterdir()):
-            held.append("checkpoints/")
-        if held:
+        problem = run._holds_a_run()
+        if problem:
             run.release()
-            raise RunDirError(
-                f"{run.path} already holds a run ({', '.join(held)}); go on with `raylign resume {run.path}`, "
-                "or choose another --run-dir"
-            )
+            raise RunDirError(problem)
         for folder in (run.samples, run.checkpoints):
             run._make_folder(folder)
         return run
@@ -110,6 +105,17 @@ class RunDir:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+    def _holds_a_run(self) -> str:
+        """Why this directory cannot take a new run, "" if it can."""
+        if any(self.checkpoints.glob("step_*")):
+            remedy = f"go on with `raylign resume {self.path}`, or choose another --run-dir"
+            return f"{self.path} already holds a run with checkpoints; {remedy}"
+        held = [item.name for item in (self.config, self.metrics, self.summary) if item.exists()]
+        if held:
+            remedy = "it has no checkpoint to go on from, so delete the folder or choose another --run-dir"
+            return f"{self.path} already holds a run ({', '.join(held)}); {remedy}"
+        return ""
 
     def _acquire(self) -> None:
         fd = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
