@@ -73,12 +73,29 @@ def test_a_package_works_without_ray(package: str) -> None:
 
 @pytest.mark.parametrize("path", RUN_CONFIGS, ids=_name)
 def test_a_run_configuration_parses(path: Path) -> None:
-    assert isinstance(load_run_config(str(path), {}), RunConfig)
+    assert isinstance(load_run_config(str(path)), RunConfig)
 
 
 @pytest.mark.parametrize("path", REWARD_CONFIGS, ids=_name)
 def test_a_reward_server_configuration_parses(path: Path) -> None:
     assert isinstance(load_config(RewardServerConfig, path), RewardServerConfig)
+
+
+def test_the_configuration_in_the_readme_parses(tmp_path: Path) -> None:
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        path = tmp_path / "readme.toml"
+        path.write_text(block, encoding="utf-8")
+        assert isinstance(load_run_config(str(path)), RunConfig)
+
+
+def test_the_readme_names_only_what_exists() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert set(re.findall(r"make ([a-z][a-z-]+)  ", readme)) <= set(targets)
+    links = re.findall(r"\]\(([^)#:]+)\)", readme)
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_the_quickstart_is_shipped() -> None:
