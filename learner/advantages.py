@@ -49,10 +49,9 @@ def group_advantages(
         adv = centred / (scale + eps)
         if clip is not None:
             adv = adv.clamp(-clip, clip)
-        if not bool(torch.isfinite(adv).all()):
-            raise NumericsError(
-                f"advantages {adv.tolist()} of rewards {values.tolist()} are not finite; rescale rewards"
-            )
+        # An infinite deviation would make every advantage a plausible 0.
+        if not bool(torch.isfinite(adv).all() and torch.isfinite(scale)):
+            raise NumericsError(f"advantages of rewards {values.tolist()} are not finite; rescale the reward")
         advantages.append(Advantage(adv.float(), ok))
     return advantages
 

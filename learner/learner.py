@@ -24,7 +24,7 @@ from learner.policies import PolicySet, PolicyTensors, check_names, clone_tensor
 from learner.state import LearnerState
 from learner.tally import MetricTally
 from raylign.config import Config
-from raylign.errors import NumericsError, RewardError
+from raylign.errors import CheckpointError, RewardError
 from raylign.models.base import Conditioning, DenoisingPolicy
 from raylign.precision import Precision
 from raylign.samplers import Sampler
@@ -118,7 +118,7 @@ class Learner:
     def begin_step(self, groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
         """Credit the groups and cut this rank's batches. Returns what the credit looked like.
 
-        Raises RewardError if no sample has a reward, NumericsError for a NaN that came with a valid sample.
+        Raises RewardError if no sample has a reward, NumericsError for rewards that give no finite advantage.
         """
         advantages = self.algorithm.credit(groups)
         metrics = credit_metrics(groups, advantages)
@@ -136,7 +136,10 @@ class Learner:
         return metrics
 
     def forward_backward(self, update: int) -> None:
-        """Accumulate the gradient of one update's loss. Weights are read, not changed."""
+        """Accumulate the gradient of one update's loss. Weights are read, not changed.
+
+        Raises NumericsError for a NaN that came with a valid sample.
+        """
         batch = self._batches[update]
         self._bucket.zero()
         self._tally = MetricTally(("loss", *self.algorithm.metrics), self.policy.device)
@@ -211,7 +214,10 @@ class Learner:
         return LearnerState(copies, {"num_optimiser_steps": self._num_optimiser_steps})
 
     def load_state_dict(self, state: LearnerState) -> None:
-        """Go on from a state. Raises WeightError, with nothing loaded, if it belongs to another model or algorithm."""
+        """Go on from a state. Raises WeightError, with nothing loaded, if it belongs to another model or algorithm.
+
+        Raises CheckpointError if its optimiser moments do not fit its step count.
+        """
         own: dict[str, PolicyTensors] = {"params": _section(state.tensors, "params")}
         for relative in self.policies.relatives:
             own[relative] = _section(state.tensors, relative)
@@ -220,7 +226,7 @@ class Learner:
             check_names(tensors, self.policy, f"learner state, section {section!r},")
         num_steps = state.values.get("num_optimiser_steps")
         if not isinstance(num_steps, int) or (num_steps > 0) != bool(adam["step"]):
-            raise NumericsError(f"learner state has num_optimiser_steps {num_steps!r} but {len(adam['step'])} moments")
+            raise CheckpointError(f"learner state has num_optimiser_steps {num_steps!r} but {len(adam['step'])} moments")
         if num_steps > 0:
             check_names(adam["exp_avg"], self.policy, "learner state, section 'adam/exp_avg',")
             check_names(adam["exp_avg_sq"], self.policy, "learner state, section 'adam/exp_avg_sq',")

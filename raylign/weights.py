@@ -104,7 +104,8 @@ def _checked_tensor(snapshot: WeightSnapshot, entry: TensorEntry, shape: tuple[i
     if entry.shape != shape:
         raise WeightError(f"snapshot {snapshot.version}: {entry.name} must be {shape}, got {entry.shape}")
     size = int(np.prod(entry.shape, dtype=np.int64))
-    flat = snapshot.arrays[entry.dtype][entry.offset : entry.offset + size]
+    array = snapshot.arrays.get(entry.dtype, np.empty(0))
+    flat = array[entry.offset : entry.offset + size]
     if flat.size != size or _sha256(flat) != entry.sha256:
         raise WeightError(f"snapshot {snapshot.version}: {entry.name} is torn (its hash differs); pull it again")
     return torch.from_numpy(flat.copy()).view(_TORCH[entry.dtype]).reshape(entry.shape)

@@ -1,0 +1,288 @@
+"""The learner's verbs: what each changes, what it refuses, and that a loaded state goes on exactly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from learner.algorithms import AlgorithmConfig
+from learner.algorithms.flow_grpo import FlowGrpoConfig
+from learner.algorithms.nft import NftConfig, OldDecay
+from learner.learner import Learner, LearnerConfig
+from learner.policies import clone_tensors
+from learner.state import LearnerState
+from raylign.errors import CheckpointError, NumericsError, RewardError, WeightError
+from raylign.models import load_policy
+from raylign.types import RolloutGroup
+from tests.tiny_models import RUN_SEED, ToyPolicy, by_sibling, draw_groups, euler, flow_sde, sd3_config, train_step
+
+NFT = NftConfig(old_decay=OldDecay(slope=0.1))
+GRPO = FlowGrpoConfig()
+ALGORITHMS = pytest.mark.parametrize("algorithm", [NFT, GRPO], ids=["nft", "flow_grpo"])
+
+
+def make(algorithm: AlgorithmConfig = NFT, **config: object) -> Learner:
+    sampler = euler() if isinstance(algorithm, NftConfig) else flow_sde()
+    return Learner(LearnerConfig(**config), algorithm, ToyPolicy(), sampler, 1.0, 4, RUN_SEED)  # type: ignore[arg-type]
+
+
+def groups_for(algorithm: AlgorithmConfig, first: int = 0) -> list[RolloutGroup]:
+    sampler = euler() if isinstance(algorithm, NftConfig) else flow_sde()
+    return draw_groups(ToyPolicy(), sampler, algorithm.needs, num_groups=4, first_sequence=first)
+
+
+def poisoned(groups: list[RolloutGroup]) -> list[RolloutGroup]:
+    """The same groups, one with a text encoding so large that the network's answer to it is not finite."""
+    told = groups[0].conditioning
+    return [replace(groups[0], conditioning=replace(told, pooled_PD=told.pooled_PD * math.inf)), *groups[1:]]
+
+
+@ALGORITHMS
+def test_forward_backward_reads_weights_and_optimise_moves_them(algorithm: AlgorithmConfig) -> None:
+    learner = make(algorithm)
+    started = learner.weights_sha256()
+    learner.begin_step(groups_for(algorithm), 1)
+    learner.forward_backward(0)
+    assert learner.weights_sha256() == started
+    result = learner.optimise(0)
+    assert result.finite
+    assert learner.weights_sha256() != started
+    assert learner.num_optimiser_steps == 1
+    assert result.metrics["batch/num_items"] == 16 * 3
+
+
+@ALGORITHMS
+def test_a_step_repeats_bit_for_bit(algorithm: AlgorithmConfig) -> None:
+    hashes = set()
+    for _ in range(2):
+        learner = make(algorithm)
+        torch.manual_seed(len(hashes))  # global state must not matter
+        train_step(learner, groups_for(algorithm), 1)
+        hashes.add(learner.weights_sha256())
+    assert len(hashes) == 1
+
+
+@ALGORITHMS
+def test_each_update_trains_its_own_share(algorithm: AlgorithmConfig) -> None:
+    learner = make(algorithm, updates_per_step=2)
+    results = train_step(learner, groups_for(algorithm), 1)
+    assert [result.metrics["batch/num_items"] for result in results] == [8 * 3, 8 * 3]
+    assert learner.num_optimiser_steps == 2
+
+
+def test_a_loss_that_is_not_finite_changes_nothing() -> None:
+    learner = make()
+    train_step(learner, groups_for(NFT), 1)
+    before = learner.state_dict()
+    (result,) = train_step(learner, poisoned(groups_for(NFT)), 2)
+    assert not result.finite
+    assert not math.isfinite(result.metrics["loss"])
+    after = learner.state_dict()
+    assert after.values == before.values
+    for name, tensor in before.tensors.items():
+        if not name.startswith("old/"):
+            assert torch.equal(after.tensors[name], tensor), name
+    (result,) = train_step(learner, groups_for(NFT), 3)
+    assert result.finite
+
+
+def test_a_refused_update_does_not_stop_the_next_one_of_the_step() -> None:
+    learner = make(updates_per_step=2)
+    refused, taken = train_step(learner, poisoned(groups_for(NFT)), 1)
+    assert (refused.finite, taken.finite) == (False, True)
+    assert learner.num_optimiser_steps == 1
+
+
+def test_gradients_are_clipped_to_the_norm() -> None:
+    loose, tight = make(grad_clip=1e6), make(grad_clip=1e-3)
+    for learner in (loose, tight):
+        learner.begin_step(groups_for(NFT), 1)
+        learner.forward_backward(0)
+        norm = learner.optimise(0).metrics["grad/norm"]
+        grads = [p.grad for p in learner.policy.trainable_parameters().values() if p.grad is not None]
+        after = float(torch.cat([grad.flatten() for grad in grads]).norm())
+        assert after == pytest.approx(min(norm, learner.config.grad_clip), rel=1e-3)
+        assert norm > 1e-2
+
+
+def test_the_learning_rate_warms_up_in_optimiser_steps() -> None:
+    learner = make(lr=1e-3, warmup_steps=4, updates_per_step=2)
+    rates = [r.metrics["learner/lr"] for step in (1, 2, 3) for r in train_step(learner, groups_for(NFT), step)]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+
+
+def test_a_step_without_any_reward_is_refused() -> None:
+    groups = draw_groups(ToyPolicy(), euler(), NFT.needs, reward=lambda group, sibling: None)
+    with pytest.raises(RewardError, match="step 7: none of the 3 groups"):
+        make().begin_step(groups, 7)
+
+
+def test_an_update_whose_samples_all_failed_changes_nothing() -> None:
+    groups = draw_groups(
+        ToyPolicy(), flow_sde(), GRPO.needs, num_groups=4, reward=lambda g, s: by_sibling(g, s) if g > 1 else None
+    )
+    learner = make(GRPO, updates_per_step=2)
+    skipped, taken = train_step(learner, groups, 1)
+    assert skipped.finite
+    assert skipped.metrics["batch/num_items"] == 0
+    assert taken.metrics["batch/num_items"] == 8 * 3
+    assert learner.num_optimiser_steps == 1
+
+
+@ALGORITHMS
+def test_what_a_failed_sample_holds_does_not_matter(algorithm: AlgorithmConfig) -> None:
+    hashes = set()
+    for value in (0.0, math.nan, 1e30):
+        sampler = euler() if isinstance(algorithm, NftConfig) else flow_sde()
+        groups = draw_groups(
+            ToyPolicy(),
+            sampler,
+            algorithm.needs,
+            num_groups=4,
+            reward=lambda g, s: None if (g, s) == (1, 2) else by_sibling(g, s),
+        )
+        trajectory = groups[1].trajectory
+        for tensor in (trajectory.final_GCHW, trajectory.states_GS1CHW, trajectory.rollout_logprob_GS):
+            if tensor is not None:
+                tensor[2] = value
+        learner = make(algorithm)
+        (result,) = train_step(learner, groups, 1)
+        assert result.finite
+        hashes.add(learner.weights_sha256())
+    assert len(hashes) == 1
+
+
+def test_a_valid_sample_that_is_nan_stops_the_step() -> None:
+    groups = groups_for(NFT)
+    groups[2].trajectory.final_GCHW[1] = math.nan
+    learner = make()
+    learner.begin_step(groups, 1)
+    with pytest.raises(NumericsError, match="final_GCHW of sample"):
+        learner.forward_backward(0)
+
+
+def test_the_old_policy_follows_once_per_step_by_the_schedule() -> None:
+    learner = make(updates_per_step=2)
+    old = learner.policies.relatives["old"]
+    for step in (1, 2):
+        before = {name: tensor.clone() for name, tensor in old.items()}
+        learner.begin_step(groups_for(NFT), step)
+        for update in range(2):
+            learner.forward_backward(update)
+            learner.optimise(update)
+        metrics = learner.end_step(step)
+        decay = 0.1 * 2 * step  # two optimiser steps per learner step
+        assert metrics == {"learner/old_decay": pytest.approx(decay)}
+        for name, parameter in learner.policy.trainable_parameters().items():
+            torch.testing.assert_close(old[name], decay * before[name] + (1 - decay) * parameter.detach())
+
+
+def test_old_decay_schedules() -> None:
+    default, ocr = OldDecay(), OldDecay(start=75, slope=0.0075, end=0.999)
+    assert [default.at(s) for s in (0, 1, 100, 500, 9999)] == pytest.approx([0, 0.001, 0.1, 0.5, 0.5])
+    assert [ocr.at(s) for s in (0, 75, 76, 175, 9999)] == pytest.approx([0, 0, 0.0075, 0.75, 0.999])
+    assert OldDecay(start=3, start_value=0.2, slope=0.1, end=0.9).at(1) == 0.2
+
+
+def test_nft_publishes_its_old_policy_and_flow_grpo_its_current_one() -> None:
+    nft, grpo = make(NFT), make(GRPO)
+    for learner, algorithm in ((nft, NFT), (grpo, GRPO)):
+        train_step(learner, groups_for(algorithm), 1)
+        train_step(learner, groups_for(algorithm), 2)
+        assert learner.publish(2, "current").sha256 == learner.weights_sha256()
+        assert learner.publish(2).version == 2
+    assert grpo.publish(2).sha256 == grpo.weights_sha256()
+    assert nft.publish(2).sha256 != nft.weights_sha256()
+    follower = ToyPolicy(seed=9)
+    follower.load_weights(nft.publish(2))
+    for name, tensor in clone_tensors(follower).items():
+        assert torch.equal(tensor, nft.policies.relatives["old"][name])
+
+
+def test_a_published_snapshot_does_not_move_with_the_weights() -> None:
+    learner = make(GRPO)
+    snapshot = learner.publish(0)
+    train_step(learner, groups_for(GRPO), 1)
+    fresh = ToyPolicy(seed=9)
+    fresh.load_weights(snapshot)
+    assert fresh.export_weights(0).sha256 == ToyPolicy().export_weights(0).sha256
+
+
+def test_the_learner_answers_for_either_policy_as_a_rollout_would() -> None:
+    learner = make(NFT)
+    for step in (1, 2):
+        train_step(learner, groups_for(NFT), step)
+    told = learner.policy.encode("word", False).repeat(2)
+    state, sigma = torch.randn(2, 2, 4, 4), torch.tensor([0.2, 0.9])
+    for which in ("rollout", "current"):
+        rollout = ToyPolicy(seed=9)
+        rollout.load_weights(learner.publish(2, which))
+        with torch.no_grad():
+            assert torch.equal(learner.velocity(state, sigma, told, which), rollout.predict(state, sigma, told))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_checkpointed_activations_give_the_same_step(tuning: str, precision: str) -> None:
+    updates: list[torch.Tensor] = []
+    for recompute in (False, True):
+        policy = load_policy(sd3_config(tuning), "learner", seed=3)  # type: ignore[arg-type]
+        rollout = load_policy(sd3_config(tuning), "rollout", seed=3)  # type: ignore[arg-type]
+        config = LearnerConfig(gradient_checkpointing=recompute, precision=precision)  # type: ignore[arg-type]
+        learner = Learner(config, NFT, policy, euler(), 1.0, 4, RUN_SEED)
+        learner.begin_step(draw_groups(rollout, euler(), NFT.needs, num_groups=1), 1)
+        learner.forward_backward(0)
+        updates.append(torch.cat([p.grad.flatten().clone() for p in policy.trainable_parameters().values()]))  # type: ignore[union-attr]
+    assert updates[0].abs().max() > 0
+    assert torch.equal(updates[0], updates[1])
+
+
+@ALGORITHMS
+def test_a_loaded_state_goes_on_bit_for_bit(algorithm: AlgorithmConfig) -> None:
+    learner = make(algorithm, updates_per_step=2, warmup_steps=3)
+    for step in (1, 2):
+        train_step(learner, groups_for(algorithm, step), step)
+    state = learner.state_dict()
+    uninterrupted = train_step(learner, groups_for(algorithm, 3), 3)
+    resumed = make(algorithm, updates_per_step=2, warmup_steps=3)
+    resumed.load_state_dict(state)
+    assert train_step(resumed, groups_for(algorithm, 3), 3) == uninterrupted
+    assert resumed.weights_sha256() == learner.weights_sha256()
+    assert resumed.publish(3).sha256 == learner.publish(3).sha256
+    for name, tensor in learner.state_dict().tensors.items():
+        assert torch.equal(resumed.state_dict().tensors[name], tensor), name
+
+
+def test_a_state_from_before_the_first_step_can_be_loaded_over_a_later_one() -> None:
+    learner = make()
+    start = learner.state_dict()
+    first = train_step(learner, groups_for(NFT), 1)
+    learner.load_state_dict(start)
+    assert learner.num_optimiser_steps == 0
+    assert train_step(learner, groups_for(NFT), 1) == first
+
+
+def test_a_foreign_state_is_refused_with_nothing_loaded() -> None:
+    learner = make(NFT)
+    train_step(learner, groups_for(NFT), 1)
+    good = learner.state_dict()
+    before = learner.weights_sha256()
+    without_old = {name: tensor + 1 for name, tensor in good.tensors.items() if not name.startswith("old/")}
+    with pytest.raises(WeightError, match=r"section 'old', lacks inward\.bias"):
+        learner.load_state_dict(LearnerState(without_old, good.values))
+    without_moments = {name: tensor + 1 for name, tensor in good.tensors.items() if "exp_avg/" not in name}
+    with pytest.raises(WeightError, match=r"section 'adam/exp_avg', lacks"):
+        learner.load_state_dict(LearnerState(without_moments, good.values))
+    with pytest.raises(CheckpointError, match="num_optimiser_steps 0"):
+        learner.load_state_dict(LearnerState(good.tensors, {"num_optimiser_steps": 0}))
+    assert learner.weights_sha256() == before
+
+
+@pytest.mark.parametrize("bad", [{"lr": 0}, {"num_ranks": 0}, {"precision": "fp8"}, {"betas": [0.9]}, {"lrr": 1e-4}])
+def test_a_learner_configuration_that_means_nothing_is_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        LearnerConfig.model_validate(bad)

@@ -1,0 +1,155 @@
+"""Two real learner processes over gloo: the same step as one, and one rank's NaN refused by both."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from learner.learner import Learner, LearnerConfig
+from learner.parallel import GradientBucket, RankGroup
+from learner.tally import MetricTally
+from raylign.errors import ConfigError
+from tests.tiny_models import ToyPolicy
+
+ROOT = Path(__file__).parents[2]
+# Both ranks take a healthy step, one whose NaN is in rank 1's shard only, and a healthy one again. Rank 1 starts from
+# other weights, which rank 0's must replace.
+RANK = """
+import json, math, sys
+from dataclasses import replace
+import torch
+torch.set_num_threads(1)
+from learner.algorithms.{algorithm} import {config} as Config
+from learner.learner import Learner, LearnerConfig
+from learner.parallel import RankGroup
+from tests.tiny_models import RUN_SEED, ToyPolicy, draw_groups, {sampler} as make_sampler, train_step
+
+rank, num_ranks = int(sys.argv[1]), int(sys.argv[2])
+ranks = RankGroup.connect(rank, num_ranks, sys.argv[3], timeout_s=60)
+config = Config()
+learner = Learner(LearnerConfig(), config, ToyPolicy(seed=rank), make_sampler(), 1.0, 4, RUN_SEED, ranks)
+results = []
+for step in (1, 2, 3):
+    groups = draw_groups(ToyPolicy(), make_sampler(), config.needs, num_groups=4, first_sequence=step)
+    if step == 2:
+        told = groups[3].conditioning
+        groups[3] = replace(groups[3], conditioning=replace(told, pooled_PD=told.pooled_PD * math.inf))
+    (result,) = train_step(learner, groups, step)
+    results.append([result.finite, dict(result.metrics)])
+ranks.barrier()
+weights = torch.cat([p.detach().flatten() for p in learner.policy.trainable_parameters().values()])
+print(json.dumps([results, learner.weights_sha256(), weights.tolist()]))
+ranks.close()
+"""
+
+
+def run_ranks(code: str, num_ranks: int) -> list[Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), str(num_ranks), address],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+    answers: list[Any] = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=90)
+            assert process.returncode == 0, err
+            answers.append(json.loads(out.splitlines()[-1]))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "config", "sampler"), [("nft", "NftConfig", "euler"), ("flow_grpo", "FlowGrpoConfig", "flow_sde")]
+)
+def test_two_ranks_train_as_one(algorithm: str, config: str, sampler: str) -> None:
+    code = RANK.format(algorithm=algorithm, config=config, sampler=sampler)
+    (alone,) = run_ranks(code, 1)
+    first, second = run_ranks(code, 2)
+    assert json.dumps(first) == json.dumps(second)  # metrics, hash and weights; NaN compares as text
+    assert [finite for finite, _ in first[0]] == [True, False, True]
+    torch.testing.assert_close(torch.tensor(first[2]), torch.tensor(alone[2]), rtol=1e-3, atol=1e-5)
+    for (_, together), (finite, by_itself) in zip(first[0], alone[0], strict=True):
+        assert together.keys() == by_itself.keys()
+        if finite:
+            assert together == pytest.approx(by_itself, rel=1e-2, abs=1e-4)
+        else:
+            assert not math.isfinite(together["loss"])
+
+
+def test_a_single_rank_needs_no_process_group() -> None:
+    ranks = RankGroup.connect(0, 1, "tcp://nowhere:1")
+    tensor = torch.tensor([1.0, 2.0])
+    ranks.sum_(tensor)
+    ranks.max_(tensor)
+    ranks.broadcast([tensor])
+    ranks.barrier()
+    ranks.close()
+    assert tensor.tolist() == [1.0, 2.0]
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_a_rank_outside_the_group_is_refused(rank: int) -> None:
+    with pytest.raises(ConfigError, match=r"must be in \[0, 2\)"):
+        RankGroup.connect(rank, 2, "tcp://nowhere:1")
+
+
+def test_the_bucket_is_where_gradients_live() -> None:
+    used, unused = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(3))
+    bucket = GradientBucket([used, unused])
+    (used * 2).sum().backward()
+    (used * 3).sum().backward()
+    assert bucket.flat.tolist() == [5.0] * 4 + [0.0] * 3
+    assert unused.grad is not None
+    bucket.flat.mul_(2)
+    assert used.grad is not None
+    assert used.grad.tolist() == [[10.0, 10.0], [10.0, 10.0]]
+    bucket.zero()
+    assert used.grad.abs().sum() == 0
+
+
+def test_mixed_parameter_dtypes_are_refused() -> None:
+    mixed = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))]
+    with pytest.raises(ConfigError, match="share one dtype and device"):
+        GradientBucket(mixed)
+
+
+def test_a_parameter_the_loss_does_not_reach_is_decayed_alike_on_any_number_of_ranks() -> None:
+    # Its gradient is 0, not None, so AdamW treats it the same whether or not another rank reached it.
+    from learner.algorithms.nft import NftConfig
+    from tests.tiny_models import RUN_SEED, draw_groups, euler, train_step
+
+    policy = ToyPolicy()
+    policy.network["unused"] = torch.nn.Linear(2, 2)
+    learner = Learner(LearnerConfig(lr=0.1, weight_decay=0.5), NftConfig(), policy, euler(), 1.0, 4, RUN_SEED)
+    before = policy.network["unused"].weight.detach().clone()
+    train_step(learner, draw_groups(ToyPolicy(), euler(), NftConfig().needs), 1)
+    torch.testing.assert_close(policy.network["unused"].weight.detach(), before * (1 - 0.1 * 0.5))
+
+
+def test_a_tally_takes_means_and_maxima_over_valid_items() -> None:
+    tally = MetricTally(("loss", "gap_max"), torch.device("cpu"))
+    valid = torch.tensor([True, False, True])
+    tally.add({"loss": torch.tensor([1.0, 100.0, 2.0]), "gap_max": torch.tensor([3.0, 100.0, 1.0])}, valid)
+    tally.add({"loss": torch.tensor([6.0]), "gap_max": torch.tensor([2.0])}, torch.tensor([True]))
+    assert tally.reduce(RankGroup.single(), 3) == {"loss": 3.0, "gap_max": 3.0}
