@@ -75,7 +75,7 @@ $(STAMP): pyproject.toml constraints.txt
 	log=$(VENV)/install.log
 	echo "Installing Raylign and its pinned packages into $(VENV): 2 to 5 minutes the first time (log: $$log)"
 	SECONDS=0
-	while sleep 15; do  # pip is silent while it unpacks large packages: show that it lives
+	while sleep 15 &>/dev/null; do  # pip is silent while it unpacks large packages: show that it lives
 	  printf '  %3d s  %s\n' "$$SECONDS" "$$(grep -oE '^ *(Collecting|Downloading|Building|Installing) [^ (;]+' "$$log" | tail -n 1)" || true
 	done &
 	beat=$$!
