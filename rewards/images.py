@@ -37,6 +37,8 @@ def decode_image(data: bytes, mime: str, max_pixels: int, sha256: str | None = N
             if image.mode not in _EIGHT_BIT_MODES:
                 return RewardFailure("invalid_input", f"the image has pixels of kind {image.mode!r}; send 8-bit RGB")
             return np.array(ImageOps.exif_transpose(image).convert("RGB"), dtype=np.uint8)
+    except Image.DecompressionBombError:
+        return RewardFailure("invalid_input", f"the image has more pixels than the {max_pixels} that are read")
     except Exception:  # noqa: BLE001  a damaged file makes Pillow's plugins raise nearly anything; it is bad input
         return RewardFailure("invalid_input", f"the {len(data)} bytes are not a readable {FORMATS[mime]} image")
 

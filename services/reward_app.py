@@ -104,8 +104,13 @@ class HandleScorer:
     """Scores by handle and mixes; in the driver of a run and behind the HTTP face."""
 
     def __init__(
-        self, configs: Sequence[RewardConfig], handles: Mapping[str, DeploymentHandle], timeout_s: float
+        self,
+        configs: Sequence[RewardConfig],
+        handles: Mapping[str, DeploymentHandle],
+        timeout_s: float,
+        retry_waits_s: Sequence[float] = RETRY_WAITS_S,
     ) -> None:
+        self._retry_waits_s = retry_waits_s
         self._configs = list(configs)
         self._handles = dict(handles)
         self._timeout_s = timeout_s
@@ -139,7 +144,7 @@ class HandleScorer:
         """One reward's scores. Calls to a dead replica or a full queue are repeated, a bounded number of times."""
         if not samples:
             return []
-        waits_s = iter(RETRY_WAITS_S)
+        waits_s = iter(self._retry_waits_s)
         while True:
             try:
                 return await _answer(self._handles[name].score.remote(samples), self._timeout_s)
