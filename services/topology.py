@@ -35,11 +35,12 @@ class Topology:
     _stop: tuple[Callable[[], None], ...] = ()
 
     async def peak_memory_bytes(self) -> dict[str, int]:
-        """Peak resident memory by worker; this process alone when there are none."""
+        """Peak resident memory by worker, without workers that are away; this process alone when there are none."""
         if not self.workers:
             return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-        peaks = await asyncio.gather(*(worker.peak_memory_bytes.remote() for worker in self.workers))
-        return dict(zip(self.worker_names, peaks, strict=True))
+        asked = (worker.peak_memory_bytes.remote() for worker in self.workers)
+        peaks = await asyncio.gather(*asked, return_exceptions=True)
+        return {name: peak for name, peak in zip(self.worker_names, peaks, strict=True) if isinstance(peak, int)}
 
     async def close(self) -> None:
         await self.fleet.close()
@@ -121,22 +122,21 @@ def _create_workers(config: RunConfig) -> tuple[list[ActorHandle], list[ActorHan
     """Rollout workers and learner ranks; the same actors when colocated. Returns before they are up."""
     import ray
 
-    from services.worker_actor import Worker
+    from services.worker_actor import ColocatedWorker, LearnerWorker, RolloutWorker, Worker
 
-    actor = ray.remote(Worker)
-
-    def create(rollout: bool, rank: int | None, num_gpus: float) -> ActorHandle:
+    def create(kind: type[Worker], rank: int | None, num_gpus: float) -> ActorHandle:
         # A lost rollout actor comes back by itself; a lost rank would come back without its optimiser.
         restarts = -1 if rank is None else 0
-        return actor.options(num_cpus=1, num_gpus=num_gpus, max_restarts=restarts).remote(config, rollout, rank)
+        actor = ray.remote(kind).options(num_cpus=1, num_gpus=num_gpus, max_restarts=restarts)
+        return actor.remote(config, kind is not LearnerWorker, rank)
 
     rollout, learner = config.rollout, config.learner
     if config.placement == "colocated":
         gpus = max(rollout.num_gpus, learner.num_gpus_per_rank)
-        both = [create(True, rank, gpus) for rank in range(learner.num_ranks)]
+        both = [create(ColocatedWorker, rank, gpus) for rank in range(learner.num_ranks)]
         return both, both
-    ranks = [create(False, rank, learner.num_gpus_per_rank) for rank in range(learner.num_ranks)]
-    actors = [create(True, None, rollout.num_gpus) for _ in range(rollout.num_actors)]
+    ranks = [create(LearnerWorker, rank, learner.num_gpus_per_rank) for rank in range(learner.num_ranks)]
+    actors = [create(RolloutWorker, None, rollout.num_gpus) for _ in range(rollout.num_actors)]
     return actors, ranks
 
 

@@ -70,3 +70,15 @@ class Worker:
 
     def load(self, folder: str) -> None:
         self._learner.load_state_dict(load_checkpoint(Path(folder)).state)
+
+
+class RolloutWorker(Worker):
+    """The name that `ps` and Ray's dashboard show for a rollout actor."""
+
+
+class LearnerWorker(Worker):
+    """The name for a learner rank."""
+
+
+class ColocatedWorker(Worker):
+    """The name for a rollout actor and learner rank in one."""

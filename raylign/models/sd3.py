@@ -187,6 +187,7 @@ def load_sd3(
 
 def load_pipeline(folder: Path, precision: Precision = "fp32") -> StableDiffusion3Pipeline:
     """The whole diffusers pipeline of a checked directory, progress bars off."""
+    _quiet()
     from diffusers import StableDiffusion3Pipeline
 
     try:
@@ -219,6 +220,7 @@ def check_pipeline_folder(folder: Path) -> None:
 
 
 def _load_transformer(folder: Path) -> SD3Transformer2DModel:
+    _quiet()
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
     try:
@@ -227,6 +229,16 @@ def _load_transformer(folder: Path) -> SD3Transformer2DModel:
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder}/transformer does not load: {error}") from error
+
+
+def _quiet() -> None:
+    """No loading bars or advice from the libraries: a run has its own screen, and every worker would repeat them."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library_logging in (diffusers_logging, transformers_logging):
+        library_logging.disable_progress_bar()
+        library_logging.set_verbosity_error()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

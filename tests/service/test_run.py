@@ -1,0 +1,153 @@
+"""Whole runs from outside: the same weights whoever makes the samples, and whatever is killed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.service import command_line as cli
+
+NUM_STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An uninterrupted in-process run: its configuration and its directory."""
+    folder = tmp_path_factory.mktemp("reference")
+    config = cli.write_config(folder, NUM_STEPS)
+    code, output = cli.run(["train", str(config), "--run-dir", "run", "--placement", "in_process"], folder)
+    assert code == 0, output
+    return config, folder / "run"
+
+
+def test_a_run_leaves_what_it_promises(reference: tuple[Path, Path]) -> None:
+    _, run_dir = reference
+    summary = cli.summary(run_dir)
+    assert summary["status"] == "finished"
+    assert summary["num_steps"] == summary["weight_version"] == NUM_STEPS
+    assert len(summary["weights_sha256"]) == 64
+    assert summary["eval_initial"].keys() == summary["eval_final"].keys() >= {"mean", "jpeg", "diversity"}
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
+    last = rows[-1]
+    for name in ("reward/mean", "reward/jpeg", "loss", "throughput/samples_per_s", "staleness/max", "time/train_s"):
+        assert isinstance(last[name], (int, float)), name
+    # On policy, with weights that moved only through this very step, every ratio is exactly one.
+    assert [row["ratio/deviation_max"] for row in rows[1:]] == [0.0] * NUM_STEPS
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step_4", "step_6"]
+    for name in ("config.toml", "report.html", "samples/before_after.png", "samples/step_00000.png"):
+        assert (run_dir / name).stat().st_size > 0, name
+    assert list((run_dir / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("placement", [["separate", "--rollout.num_actors", "3"], ["colocated", "--rollout.num_actors", "1"]])
+def test_other_placements_end_with_the_same_weights(
+    reference: tuple[Path, Path], tmp_path: Path, placement: list[str]
+) -> None:
+    config, expected = reference
+    code, output = cli.run(["train", str(config), "--run-dir", "run", "--placement", *placement], tmp_path)
+    assert code == 0, output
+    assert cli.summary(tmp_path / "run")["weights_sha256"] == cli.summary(expected)["weights_sha256"]
+
+
+def test_a_killed_rollout_actor_changes_nothing(reference: tuple[Path, Path], tmp_path: Path) -> None:
+    config, expected = reference
+    process = cli.start(["train", str(config), "--run-dir", "run", "--rollout.num_actors", "2"], tmp_path)
+    try:
+        cli.wait_for(lambda: cli.num_logged(tmp_path / "run") >= 1, process)
+        cli.workers(process, "RolloutWorker")[0].kill()
+        assert process.wait(120) == 0, (tmp_path / "output.txt").read_text()
+    finally:
+        cli.end(process)
+    assert cli.summary(tmp_path / "run")["weights_sha256"] == cli.summary(expected)["weights_sha256"]
+
+
+def test_a_killed_run_resumes_exactly(reference: tuple[Path, Path], tmp_path: Path) -> None:
+    config, expected = reference
+    run_dir = tmp_path / "run"
+    process = cli.start(["train", str(config), "--run-dir", "run", "--placement", "in_process"], tmp_path)
+    try:
+        cli.wait_for(lambda: (run_dir / "checkpoints" / "step_2").exists(), process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(10)
+    finally:
+        cli.end(process)
+    code, output = cli.run(["resume", "run"], tmp_path)
+    assert code == 0, output
+    assert cli.summary(run_dir)["weights_sha256"] == cli.summary(expected)["weights_sha256"]
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    reference_rows = [json.loads(line) for line in (expected / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
+    assert [row.get("loss") for row in rows] == [row.get("loss") for row in reference_rows]
+    assert [row.get("reward/mean") for row in rows] == [row.get("reward/mean") for row in reference_rows]
+
+
+def test_ctrl_c_checkpoints_and_leaves_no_process_and_the_run_resumes_exactly(
+    reference: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config, expected = reference
+    run_dir = tmp_path / "run"
+    process = cli.start(["train", str(config), "--run-dir", "run", "--checkpoint.every_steps", "1000"], tmp_path)
+    try:
+        cli.wait_for(lambda: cli.num_logged(run_dir) >= 1, process)
+        family = cli.descendants(process)
+        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+        assert process.wait(60) == 130, (tmp_path / "output.txt").read_text()
+    finally:
+        cli.end(process)
+    assert cli.still_alive(family) == []
+    stopped = cli.summary(run_dir)
+    assert stopped["status"] == "stopped"
+    assert 1 <= stopped["num_steps"] < NUM_STEPS
+    assert (run_dir / "checkpoints" / f"step_{stopped['num_steps']}").is_dir()
+    assert "Traceback" not in (tmp_path / "output.txt").read_text()
+    code, output = cli.run(["resume", "run"], tmp_path)
+    assert code == 0, output
+    assert cli.summary(run_dir)["weights_sha256"] == cli.summary(expected)["weights_sha256"]
+
+
+def test_a_killed_learner_ends_the_run_with_its_name_and_nothing_hangs(tmp_path: Path) -> None:
+    config = cli.write_config(tmp_path, num_steps=200)
+    process = cli.start(["train", str(config), "--run-dir", "run", "--rollout.num_actors", "1"], tmp_path)
+    try:
+        cli.wait_for(lambda: cli.num_logged(tmp_path / "run") >= 2, process)
+        family = cli.descendants(process)
+        cli.workers(process, "LearnerWorker")[0].kill()
+        assert process.wait(60) == 1
+    finally:
+        cli.end(process)
+    assert cli.still_alive(family) == []
+    output = (tmp_path / "output.txt").read_text()
+    assert "learner" in output
+    assert "raylign resume" in output
+
+
+def test_a_run_directory_in_use_is_refused(tmp_path: Path) -> None:
+    config = cli.write_config(tmp_path, num_steps=500)
+    arguments = ["train", str(config), "--run-dir", "run", "--placement", "in_process"]
+    process = cli.start(arguments, tmp_path)
+    try:
+        cli.wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), process)
+        other = tmp_path / "other"
+        other.mkdir()
+        code, output = cli.run(["train", str(config), "--run-dir", "../run", "--placement", "in_process"], other)
+        assert code == 1
+        assert f"in use by process {process.pid}" in output
+    finally:
+        cli.end(process)
+
+
+def test_a_cluster_that_is_too_small_says_what_is_missing(tmp_path: Path) -> None:
+    from services.process import local_cluster
+
+    config = cli.write_config(tmp_path)
+    with local_cluster(1, tmp_path) as cluster:
+        token = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH") if name in os.environ}
+        arguments = ["train", str(config), "--run-dir", "run", "--address", cluster.address]
+        code, output = cli.run(arguments, tmp_path, token, timeout_s=60)
+    assert code == 1
+    assert "3.5 CPUs and the Ray cluster has 1: 2.5 missing" in output
