@@ -131,7 +131,8 @@ def local_cluster(
     """A Ray cluster for this run alone; afterwards its processes and its temp folder are gone.
 
     If the body raises, what workers wrote to stderr is kept in `run_dir/logs` and the error says so.
-    Call it from the main thread: Ray's processes die with the thread that started them.
+    Call it from the main thread: Ray's processes die with the thread that started them, a SIGKILL included (but
+    for two idle agents, which Ray lets wait a minute).
     """
     import ray
 

@@ -1,0 +1,93 @@
+"""`raylign doctor`: every finding has a remedy, and only what stops a run fails."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from services import doctor
+from services.doctor import Check, Status, diagnose, print_checks
+
+
+def test_a_diagnosis_is_quick_complete_and_says_what_to_do(tmp_path: Path) -> None:
+    began = time.perf_counter()
+    checks = diagnose(constraints=tmp_path / "none.txt")
+    assert time.perf_counter() - began < 5 * 3, "seconds on a quiet machine, a few times that on a busy one"
+    names = [check.name for check in checks]
+    assert names[:4] == ["Python", "packages", "torch", "GPUs"]
+    assert len(names) == len(set(names)) == 13
+    assert all(check.found for check in checks)
+    assert all(check.remedy for check in checks if check.status is not Status.OK)
+
+
+def _printed(checks: list[Check], width: int = 100) -> tuple[int, str]:
+    stream = io.StringIO()
+    code = print_checks(checks, Console(file=stream, width=width))
+    return code, stream.getvalue()
+
+
+def test_the_exit_code_is_1_only_for_a_failure() -> None:
+    ok, warn = Check("a", Status.OK, "fine", "unused"), Check("b", Status.WARN, "so so", "improve [it]")
+    fail = Check("c", Status.FAIL, "broken", "repair it")
+    code, text = _printed([ok, warn])
+    assert code == 0
+    assert "ready to train, 1 warning(s)" in text
+    assert "improve [it]" in text, "brackets are no markup"
+    assert "unused" not in text
+    code, text = _printed([ok, warn, fail])
+    assert code == 1
+    assert "1 problem(s)" in text
+    assert "repair it" in text
+
+
+def test_packages_are_compared_with_the_pins(tmp_path: Path) -> None:
+    pins = tmp_path / "constraints.txt"
+    installed = importlib.metadata.version("numpy")
+    torch = importlib.metadata.version("torch").split("+")[0]
+    pins.write_text(f"# comment\nnumpy=={installed}\ntorch=={torch}\nnot-installed-here==1.0\n")
+    assert doctor.check_packages(pins) == Check("packages", Status.OK, "as pinned in constraints.txt")
+    pins.write_text("numpy==0.0.1\nray[default]==0.1 ; python_version > '3'\n")
+    check = doctor.check_packages(pins)
+    assert check.status is Status.WARN
+    assert f"numpy {installed} (pinned 0.0.1)" in check.found
+    assert "(pinned 0.1)" in check.found
+    assert "make env" in check.remedy
+
+
+def test_a_missing_shipped_model_is_a_failure(tmp_path: Path) -> None:
+    assert doctor.check_model(tmp_path).status is Status.FAIL
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "model.safetensors").write_bytes(bytes(2_000_000))
+    check = doctor.check_model(tmp_path)
+    assert (check.status, check.found) == (Status.OK, f"{tmp_path.name}, 2.0 MB in 1 file(s)")
+
+
+def test_a_folder_that_cannot_hold_shared_memory(tmp_path: Path) -> None:
+    check = doctor.check_shared_memory(tmp_path / "missing")
+    assert check.status is Status.WARN
+    assert doctor.check_shared_memory(tmp_path).found.endswith(str(tmp_path))
+
+
+def test_little_memory_is_told_in_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = namedtuple("memory", ["available", "total"])
+    for free, status in ((1, Status.FAIL), (4, Status.WARN), (20, Status.OK)):
+        found = memory(free * 1024**3, 24 * 1024**3)
+        monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda found=found: found)
+        assert doctor.check_memory().status is status
+        assert doctor.check_memory().found == f"{free}.0 of 24.0 GiB free"
+
+
+def test_ports_that_cannot_be_bound_are_a_failure() -> None:
+    check = doctor.check_ports("203.0.113.1")
+    assert check.status is Status.FAIL
+    assert "203.0.113.1" in check.found
+
+
+def test_the_ocr_models_are_in_the_wheel() -> None:
+    assert doctor.check_ocr().status is Status.OK

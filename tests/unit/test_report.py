@@ -1,0 +1,217 @@
+"""The report: one page from a run directory alone, whatever is missing, with every text escaped."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raylign.errors import RunDirError
+from services.pictures import save_png
+from services.report import write_report
+
+EVERYTHING: dict[str, Any] = {
+    "status": "finished",
+    "num_steps": 3,
+    "weight_version": 3,
+    "weights_sha256": "3f9ab2" * 10,
+    "eval_initial": {"mean": 0.39, "ocr": 0.39, "diversity": 0.2},
+    "eval_final": {"mean": 0.86, "ocr": 0.86, "diversity": 0.1},
+    "train_s": 12.0,
+    "total_s": 20.0,
+}
+
+
+class _Page(HTMLParser):
+    """Titles, cells and everything that would be loaded from elsewhere."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.headings: list[str] = []
+        self.loaded: list[str] = []
+        self.images: list[str] = []
+        self.scripts = 0
+        self._in: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._in.append(tag)
+        self.scripts += tag == "script"
+        for name, value in attrs:
+            if name in ("src", "href") and value:
+                (self.images if value.startswith("data:") else self.loaded).append(value)
+        if tag == "img":
+            self._in.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._in:
+            while self._in.pop() != tag:
+                pass
+
+    def handle_data(self, data: str) -> None:
+        if self._in and self._in[-1] in ("h2", "h3"):
+            self.headings.append(data)
+
+
+def _write(
+    run: Path, rows: list[dict[str, Any]], summary: dict[str, Any] | None = None, config: str = "seed = 1"
+) -> str:
+    run.mkdir(exist_ok=True)
+    (run / "config.toml").write_text(config)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if summary is not None:
+        (run / "summary.json").write_text(json.dumps(summary))
+    path = write_report(run)
+    assert path == run / "report.html"
+    return path.read_text()
+
+
+def _rows(count: int = 3) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": step,
+            "weight_version": step,
+            "reward/mean": 0.3 + 0.1 * step,
+            "reward/ocr": 0.3 + 0.1 * step,
+            "loss": 1.0 / step,
+            "loss/kl": 0.01 * step,
+            "grad/norm": 2.0,
+            "ratio/mean": 1.0,
+            "time/sample_s": 1.0,
+            "time/train_s": 2.0,
+            "time/step_s": 3.0,
+            "time/since_start_s": 3.0 * step,
+            "throughput/samples_per_s": 24.0,
+            "failed/reward_failed": 0,
+            "velocity/old_gap": 0.1,
+        }
+        for step in range(1, count + 1)
+    ]
+
+
+def _picture(path: Path, size: int = 8) -> None:
+    save_png(path, np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8))
+
+
+def test_a_whole_run_makes_a_whole_page(tmp_path: Path) -> None:
+    run = tmp_path / "quickstart"
+    _picture(run / "before_after.png")
+    _picture(run / "samples" / "step_00000.png")
+    _picture(run / "samples" / "step_00015.png")
+    eval_rows = [{"step": 0, "eval/ocr": 0.39, "eval/diversity": 0.2}]
+    text = _write(
+        run, [*eval_rows, *_rows()], EVERYTHING, 'seed = 1\n[algorithm]\ntype = "nft"\n[[rewards]]\ntype = "ocr"'
+    )
+    page = _Page(text)
+    assert page.headings == [
+        "Before and after",
+        "Curves",
+        "Training reward",
+        "Held-out rewards",
+        "Diversity and spread within groups",
+        "Loss",
+        "Distance from the reference (KL)",
+        "Gradient norm",
+        "Policy ratio",
+        "Samples per second",
+        "Seconds per step, by phase",
+        "velocity/old_gap",
+        "Held-out samples over time",
+        "Configuration",
+        "Environment and result",
+    ]
+    assert len(page.images) == 3
+    assert "step 15" in text
+    assert re.search(r"held-out ocr.*?0\.390 →.*?up.*?0\.860", text, re.DOTALL)
+    assert re.search(r"held-out diversity.*?down.*?0\.100", text, re.DOTALL)
+    assert "held-out mean" not in text
+    assert "3 steps · trained for 12 s · in all 20 s · 24.0 samples/s · weights 3f9ab23f9ab2" in text
+    assert re.search(r"algorithm\.type</td><td class=\"mono\">nft", text)
+    assert re.search(r"rewards\.0\.type</td><td class=\"mono\">ocr", text)
+
+
+def test_a_page_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    _picture(tmp_path / "run" / "before_after.png")
+    text = _write(tmp_path / "run", _rows(), EVERYTHING)
+    page = _Page(text)
+    assert page.loaded == []
+    assert page.scripts == 0
+    assert "url(" not in text
+
+
+def test_every_text_is_escaped(tmp_path: Path) -> None:
+    nasty = "<script>alert(1)</script>"
+    rows = [{"step": step, nasty: 1.0, f"reward/{nasty}": 1.0 + step} for step in (1, 2)]
+    summary = {**EVERYTHING, "status": nasty, "eval_initial": {nasty: 1}, "eval_final": {nasty: 2}, nasty: nasty}
+    text = _write(tmp_path / "run", rows, summary, f"'{nasty}' = '{nasty}'")
+    assert _Page(text).scripts == 0
+    assert nasty not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_a_run_without_a_step_or_a_summary_still_gets_a_page(tmp_path: Path) -> None:
+    text = _write(tmp_path / "run", [])
+    assert "No step has been logged yet" in text
+    assert "no summary yet" in text
+    assert "0 steps" in text
+
+
+def test_a_running_run_shows_the_training_reward_so_far(tmp_path: Path) -> None:
+    text = _write(tmp_path / "run", _rows())
+    assert re.search(r"training reward.*?0\.400 →.*?0\.600", text, re.DOTALL)
+
+
+def test_nulls_torn_lines_and_broken_files_are_borne(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "samples").mkdir(parents=True)
+    (run / "samples" / "step_00001.png").write_bytes(b"\x89PNG not really")
+    _picture(run / "before_after.png")
+    (run / "before_after.png").write_bytes((run / "before_after.png").read_bytes()[:60])
+    rows = [{"step": 1, "loss": None, "reward/mean": 0.5}, {"step": 2, "loss": 0.5, "reward/mean": None}]
+    run.joinpath("config.toml").write_text("= no toml")
+    run.joinpath("metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
+    text = write_report(run).read_text()
+    page = _Page(text)
+    assert page.images == []
+    assert "cannot be parsed" in text
+    assert {"Training reward", "Loss"} <= set(page.headings)
+
+
+def test_evaluation_that_is_missing_at_the_end_is_a_dash(tmp_path: Path) -> None:
+    text = _write(tmp_path / "run", [], {"status": "stopped", "eval_initial": {"ocr": 0.4}, "eval_final": {}})
+    assert re.search(r"0\.400 →</small> <span class=\"\">–", text)
+
+
+def test_many_sample_grids_are_thinned_with_both_ends_kept(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in range(40):
+        _picture(run / "samples" / f"step_{step:05d}.png")
+    text = _write(run, _rows())
+    captions = re.findall(r"<figcaption>step (\d+)</figcaption>", text)
+    assert len(captions) == 8
+    assert (captions[0], captions[-1]) == ("0", "39")
+
+
+def test_a_large_picture_is_inlined_smaller(tmp_path: Path) -> None:
+    _picture(tmp_path / "run" / "before_after.png", 900)
+    text = _write(tmp_path / "run", _rows())
+    assert "data:image/jpeg;base64," in text
+    assert len(text) < (tmp_path / "run" / "before_after.png").stat().st_size
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(RunDirError, match="holds no run"):
+            write_report(path)
+
+
+def test_writing_again_replaces_the_page(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _write(run, _rows(1))
+    assert "3 steps" in _write(run, _rows(3))
+    assert not list(run.glob(".*"))
