@@ -226,7 +226,9 @@ class Learner:
             check_names(tensors, self.policy, f"learner state, section {section!r},")
         num_steps = state.values.get("num_optimiser_steps")
         if not isinstance(num_steps, int) or (num_steps > 0) != bool(adam["step"]):
-            raise CheckpointError(f"learner state has num_optimiser_steps {num_steps!r} but {len(adam['step'])} moments")
+            raise CheckpointError(
+                f"learner state has num_optimiser_steps {num_steps!r} but {len(adam['step'])} moments"
+            )
         if num_steps > 0:
             check_names(adam["exp_avg"], self.policy, "learner state, section 'adam/exp_avg',")
             check_names(adam["exp_avg_sq"], self.policy, "learner state, section 'adam/exp_avg_sq',")

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -113,7 +113,8 @@ def sd3_folder() -> Path:
             pos_embed_max_size=8,
             qk_norm="rms_norm",
         )
-        vae = AutoencoderKL(
+        build_vae: Any = AutoencoderKL  # diffusers types its tuples as one long
+        vae = build_vae(
             down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
             up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
             block_out_channels=(8, 8),
@@ -215,7 +216,7 @@ def train_step(learner: Learner, groups: Sequence[RolloutGroup], step: int) -> l
     return results
 
 
-def _clip() -> torch.nn.Module:
+def _clip() -> Any:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -239,7 +240,7 @@ _VOCABULARY = {"<|startoftext|>": 0, "<|endoftext|>": 1} | {
 }
 
 
-def _clip_tokenizer() -> object:
+def _clip_tokenizer() -> Any:
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer(
@@ -247,7 +248,7 @@ def _clip_tokenizer() -> object:
     )
 
 
-def _t5_tokenizer() -> object:
+def _t5_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

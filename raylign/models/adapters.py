@@ -20,9 +20,9 @@ _DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"
 class LoraSettings(Config):
     """Low-rank adapters (2106.09685): delta W = alpha / rank * B A on each target's weight."""
 
-    rank: int = Field(32, ge=1)
+    rank: int = Field(default=32, ge=1)
     """Rank r of the update."""
-    alpha: float = Field(64.0, gt=0)
+    alpha: float = Field(default=64.0, gt=0)
     """Scale numerator; the update is multiplied by alpha / rank."""
     targets: tuple[str, ...] = ()
     """Module name endings; the model family's own list when empty."""
@@ -42,7 +42,9 @@ def attach_lora(network: nn.Module, settings: LoraSettings, targets: tuple[str, 
     names = [name for name, _ in network.named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise ModelError(f"LoRA target {target!r} matches no module of {type(network).__name__}; see `lora.targets`")
+            raise ModelError(
+                f"LoRA target {target!r} matches no module of {type(network).__name__}; see `lora.targets`"
+            )
     network.requires_grad_(False)
     config = peft.LoraConfig(
         r=settings.rank,

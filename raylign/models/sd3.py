@@ -49,15 +49,15 @@ class Sd3Config(Config):
     type: Literal["sd3"] = "sd3"
     path: str = "asset:glyphs"
     """diffusers pipeline directory; `asset:glyphs` is the tiny model that ships with Raylign."""
-    height: int = Field(32, ge=8)
+    height: int = Field(default=32, ge=8)
     """Picture height in pixels."""
-    width: int = Field(64, ge=8)
+    width: int = Field(default=64, ge=8)
     """Picture width in pixels."""
     tuning: Literal["lora", "full"] = "lora"
     """Train a LoRA adapter or every weight of the transformer."""
     lora: LoraSettings = LoraSettings()
     """The adapter, when tuning is "lora"."""
-    max_sequence_length: int = Field(256, ge=1, le=512)
+    max_sequence_length: int = Field(default=256, ge=1, le=512)
     """T5 tokens per prompt, where the model has a T5."""
 
 

@@ -15,11 +15,11 @@ class EulerOdeConfig(Config):
     """Deterministic Euler sampler: the default of forward-process algorithms and of every evaluation."""
 
     type: Literal["euler_ode"] = "euler_ode"
-    num_steps: int = Field(10, ge=1)
+    num_steps: int = Field(default=10, ge=1)
     """Denoising steps."""
-    guidance_scale: float = Field(1.0, ge=1.0)
+    guidance_scale: float = Field(default=1.0, ge=1.0)
     """Classifier-free guidance; 1 is off."""
-    shift: float | None = Field(None, gt=0)
+    shift: float | None = Field(default=None, gt=0)
     """Time shift of the schedule; the model's own when not given."""
 
 

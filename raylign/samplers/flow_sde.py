@@ -24,13 +24,13 @@ class FlowSdeConfig(Config):
     """Stochastic sampler with a density per step: what policy-ratio algorithms (Flow-GRPO) need."""
 
     type: Literal["flow_sde"] = "flow_sde"
-    num_steps: int = Field(10, ge=2)
+    num_steps: int = Field(default=10, ge=2)
     """Denoising steps."""
-    guidance_scale: float = Field(1.0, ge=1.0)
+    guidance_scale: float = Field(default=1.0, ge=1.0)
     """Classifier-free guidance; 1 is off."""
-    shift: float | None = Field(None, gt=0)
+    shift: float | None = Field(default=None, gt=0)
     """Time shift of the schedule; the model's own when not given."""
-    noise_level: float = Field(0.7, gt=0)
+    noise_level: float = Field(default=0.7, gt=0)
     """a in the formula: .7 for Stable Diffusion 3.5 Medium, .9 for FLUX."""
 
 

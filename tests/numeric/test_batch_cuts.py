@@ -39,7 +39,12 @@ def drawn(config: AlgorithmConfig, sampler: Sampler) -> list[RolloutGroup]:
 
 
 def gradient(
-    config: AlgorithmConfig, sampler: Sampler, micro_batch_size: int, rank: int = 0, num_ranks: int = 1, updates: int = 1
+    config: AlgorithmConfig,
+    sampler: Sampler,
+    micro_batch_size: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+    updates: int = 1,
 ) -> torch.Tensor:
     """The last update's gradient of one rank at weights that have left the old and reference ones."""
     policy = ToyPolicy()

@@ -82,7 +82,9 @@ def test_the_loss_of_an_average_sample_is_symmetric_about_the_old_policy() -> No
 def test_the_nft_loss_of_a_bad_sample_is_bounded_below() -> None:
     # The reflection about v_old keeps even r = 0 a squared error; a plain negated loss would go to minus infinity.
     far = torch.full(SHAPE, 1e3)
-    loss_N = nft_loss(far, torch.zeros(SHAPE), torch.zeros(SHAPE), torch.zeros(SHAPE), torch.ones(3), torch.zeros(3), 1.0)
+    loss_N = nft_loss(
+        far, torch.zeros(SHAPE), torch.zeros(SHAPE), torch.zeros(SHAPE), torch.ones(3), torch.zeros(3), 1.0
+    )
     assert (loss_N > 0).all()
 
 

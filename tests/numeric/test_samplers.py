@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -33,10 +34,11 @@ def test_the_levels_of_stable_diffusion_3_5() -> None:
 def test_an_euler_step_is_that_of_diffusers(shift: float) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(6)
     sampler = euler(6, shift)
-    theirs = ours = torch.randn(2, 4, 4, 4)
+    theirs: Any = torch.randn(2, 4, 4, 4)
+    ours = theirs
     for step, timestep in enumerate(scheduler.timesteps):
         velocity = torch.sin(ours * (step + 1))
         theirs = scheduler.step(velocity, timestep, theirs, return_dict=False)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def test_a_run_that_goes_on_from_disk_ends_bit_for_bit_the_same(tmp_path: Path) 
 
 
 @contextmanager
-def full_disk(after_bytes: int) -> Iterator[None]:
+def full_disk(after_bytes: int) -> Generator[None]:
     """Files cannot grow beyond a size: what a full disk looks like to a writer."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (after_bytes, hard))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ REWARDS = [[1.0, 2.0, 3.0], [10.0, 10.0, 16.0]]
 finite = st.floats(-100, 100)
 
 
-def rows(values: list[list[float | None]], **options: object) -> list[list[float]]:
+def rows(values: Sequence[Sequence[float | None]], **options: object) -> list[list[float]]:
     return [advantage.adv_G.tolist() for advantage in group_advantages(values, **options)]  # type: ignore[arg-type]
 
 

@@ -7,48 +7,56 @@ import math
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from learner.algorithms.flow_grpo import FlowGrpoConfig
+from learner.algorithms.nft import NftConfig
 from learner.learner import Learner, LearnerConfig
 from learner.parallel import GradientBucket, RankGroup
 from learner.tally import MetricTally
 from raylign.errors import ConfigError
-from tests.tiny_models import ToyPolicy
+from tests.tiny_models import RUN_SEED, ToyPolicy, draw_groups, euler, flow_sde, train_step
 
 ROOT = Path(__file__).parents[2]
-# Both ranks take a healthy step, one whose NaN is in rank 1's shard only, and a healthy one again. Rank 1 starts from
-# other weights, which rank 0's must replace.
+ALGORITHMS = {"nft": (NftConfig(), euler()), "flow_grpo": (FlowGrpoConfig(), flow_sde())}
 RANK = """
-import json, math, sys
-from dataclasses import replace
+import json, sys
 import torch
 torch.set_num_threads(1)
-from learner.algorithms.{algorithm} import {config} as Config
-from learner.learner import Learner, LearnerConfig
 from learner.parallel import RankGroup
-from tests.tiny_models import RUN_SEED, ToyPolicy, draw_groups, {sampler} as make_sampler, train_step
+from tests.unit.test_learner_parallel import ALGORITHMS, three_steps
 
-rank, num_ranks = int(sys.argv[1]), int(sys.argv[2])
-ranks = RankGroup.connect(rank, num_ranks, sys.argv[3], timeout_s=60)
-config = Config()
-learner = Learner(LearnerConfig(), config, ToyPolicy(seed=rank), make_sampler(), 1.0, 4, RUN_SEED, ranks)
-results = []
-for step in (1, 2, 3):
-    groups = draw_groups(ToyPolicy(), make_sampler(), config.needs, num_groups=4, first_sequence=step)
-    if step == 2:
-        told = groups[3].conditioning
-        groups[3] = replace(groups[3], conditioning=replace(told, pooled_PD=told.pooled_PD * math.inf))
-    (result,) = train_step(learner, groups, step)
-    results.append([result.finite, dict(result.metrics)])
+ranks = RankGroup.connect(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], timeout_s=60)
+answers = {name: three_steps(name, ranks) for name in ALGORITHMS}
 ranks.barrier()
-weights = torch.cat([p.detach().flatten() for p in learner.policy.trainable_parameters().values()])
-print(json.dumps([results, learner.weights_sha256(), weights.tolist()]))
 ranks.close()
+print(json.dumps(answers))
 """
+
+
+def three_steps(algorithm: str, ranks: RankGroup) -> Any:
+    """A healthy step, one whose NaN lies in the last rank's shard only, and a healthy one again.
+
+    Each rank starts from other weights, which rank 0's must replace. Returns (finite, metrics) by step, the hash
+    and the weights.
+    """
+    config, sampler = ALGORITHMS[algorithm]
+    learner = Learner(LearnerConfig(), config, ToyPolicy(seed=ranks.rank), sampler, 1.0, 4, RUN_SEED, ranks)
+    results: list[Any] = []
+    for step in (1, 2, 3):
+        groups = draw_groups(ToyPolicy(), sampler, config.needs, num_groups=4, first_sequence=step)
+        if step == 2:
+            told = groups[3].conditioning
+            groups[3] = replace(groups[3], conditioning=replace(told, pooled_PD=told.pooled_PD * math.inf))
+        (result,) = train_step(learner, groups, step)
+        results.append([result.finite, dict(result.metrics)])
+    weights = torch.cat([p.detach().flatten() for p in learner.policy.trainable_parameters().values()])
+    return [results, learner.weights_sha256(), weights.tolist()]
 
 
 def run_ranks(code: str, num_ranks: int) -> list[Any]:
@@ -78,22 +86,19 @@ def run_ranks(code: str, num_ranks: int) -> list[Any]:
     return answers
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "config", "sampler"), [("nft", "NftConfig", "euler"), ("flow_grpo", "FlowGrpoConfig", "flow_sde")]
-)
-def test_two_ranks_train_as_one(algorithm: str, config: str, sampler: str) -> None:
-    code = RANK.format(algorithm=algorithm, config=config, sampler=sampler)
-    (alone,) = run_ranks(code, 1)
-    first, second = run_ranks(code, 2)
+def test_two_ranks_train_as_one() -> None:
+    first, second = run_ranks(RANK, 2)
     assert json.dumps(first) == json.dumps(second)  # metrics, hash and weights; NaN compares as text
-    assert [finite for finite, _ in first[0]] == [True, False, True]
-    torch.testing.assert_close(torch.tensor(first[2]), torch.tensor(alone[2]), rtol=1e-3, atol=1e-5)
-    for (_, together), (finite, by_itself) in zip(first[0], alone[0], strict=True):
-        assert together.keys() == by_itself.keys()
-        if finite:
-            assert together == pytest.approx(by_itself, rel=1e-2, abs=1e-4)
-        else:
-            assert not math.isfinite(together["loss"])
+    for name in ALGORITHMS:
+        together, alone = first[name], three_steps(name, RankGroup.single())
+        assert [finite for finite, _ in together[0]] == [True, False, True]
+        torch.testing.assert_close(torch.tensor(together[2]), torch.tensor(alone[2]), rtol=1e-3, atol=1e-5)
+        for (finite, metrics), (_, by_itself) in zip(together[0], alone[0], strict=True):
+            assert metrics.keys() == by_itself.keys()
+            if finite:
+                assert metrics == pytest.approx(by_itself, rel=1e-2, abs=1e-4)
+            else:
+                assert not math.isfinite(metrics["loss"])
 
 
 def test_a_single_rank_needs_no_process_group() -> None:
@@ -136,15 +141,12 @@ def test_mixed_parameter_dtypes_are_refused() -> None:
 
 def test_a_parameter_the_loss_does_not_reach_is_decayed_alike_on_any_number_of_ranks() -> None:
     # Its gradient is 0, not None, so AdamW treats it the same whether or not another rank reached it.
-    from learner.algorithms.nft import NftConfig
-    from tests.tiny_models import RUN_SEED, draw_groups, euler, train_step
-
     policy = ToyPolicy()
-    policy.network["unused"] = torch.nn.Linear(2, 2)
+    unused = policy.network["unused"] = torch.nn.Linear(2, 2)
     learner = Learner(LearnerConfig(lr=0.1, weight_decay=0.5), NftConfig(), policy, euler(), 1.0, 4, RUN_SEED)
-    before = policy.network["unused"].weight.detach().clone()
+    before = unused.weight.detach().clone()
     train_step(learner, draw_groups(ToyPolicy(), euler(), NftConfig().needs), 1)
-    torch.testing.assert_close(policy.network["unused"].weight.detach(), before * (1 - 0.1 * 0.5))
+    torch.testing.assert_close(unused.weight.detach(), before * (1 - 0.1 * 0.5))
 
 
 def test_a_tally_takes_means_and_maxima_over_valid_items() -> None:

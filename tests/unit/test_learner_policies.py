@@ -26,11 +26,16 @@ def test_using_swaps_tensors_in_and_back_even_after_an_error() -> None:
     started = clone_tensors(policy)
     move(policy, 1.0)
     moved = clone_tensors(policy)
-    with pytest.raises(ZeroDivisionError), using(policy, started):
-        assert not torch.is_grad_enabled()
-        for name, parameter in policy.trainable_parameters().items():
-            assert torch.equal(parameter, started[name])
-        raise ZeroDivisionError
+
+    def look_and_fail() -> None:
+        with using(policy, started):
+            assert not torch.is_grad_enabled()
+            for name, parameter in policy.trainable_parameters().items():
+                assert torch.equal(parameter, started[name])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        look_and_fail()
     assert torch.is_grad_enabled()
     for name, parameter in policy.trainable_parameters().items():
         assert torch.equal(parameter, moved[name])

@@ -1,0 +1,93 @@
+"""What every row of the SAMPLERS table promises."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch.distributions import Normal
+
+from raylign.errors import ShapeError
+from raylign.samplers import SAMPLERS, Sampler, SamplerConfig, flow_sigmas, make_sampler
+
+ROWS = pytest.mark.parametrize("config_cls", SAMPLERS)
+STATE, VELOCITY, NOISE = (torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(n)) for n in range(3))
+
+
+def make(config_cls: type, num_steps: int = 6) -> Sampler:
+    return make_sampler(config_cls(num_steps=num_steps), 3.0)
+
+
+@ROWS
+def test_its_type_names_it_in_the_configuration(config_cls: type) -> None:
+    tag = config_cls.model_fields["type"].default
+    assert isinstance(TypeAdapter(SamplerConfig).validate_python({"type": tag}), config_cls)
+    assert isinstance(make(config_cls), SAMPLERS[config_cls])
+
+
+@ROWS
+def test_its_configuration_has_what_a_run_asks_of_it(config_cls: type) -> None:
+    assert {"num_steps", "guidance_scale", "shift"} <= config_cls.model_fields.keys()
+    assert isinstance(SAMPLERS[config_cls].stochastic, bool)
+
+
+@ROWS
+@pytest.mark.parametrize("num_steps", [2, 6, 25])
+def test_it_walks_the_shared_schedule(config_cls: type, num_steps: int) -> None:
+    sampler = make(config_cls, num_steps)
+    assert sampler.num_steps == num_steps
+    assert torch.equal(sampler.sigmas_S1, flow_sigmas(num_steps, 3.0))
+
+
+@ROWS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_step_is_an_fp32_distribution_that_is_finite(config_cls: type, dtype: torch.dtype) -> None:
+    sampler = make(config_cls)
+    for step in range(sampler.num_steps):
+        transition = sampler.transition(VELOCITY.to(dtype), STATE.to(dtype), step)
+        assert transition.mean_BCHW.shape == STATE.shape
+        assert transition.std_B.shape == (3,)
+        assert transition.mean_BCHW.dtype == transition.std_B.dtype == torch.float32
+        assert torch.isfinite(transition.mean_BCHW).all()
+        assert (transition.std_B > 0).all() == sampler.stochastic
+
+
+@ROWS
+def test_a_density_comes_from_the_object_that_sampled_or_not_at_all(config_cls: type) -> None:
+    sampler = make(config_cls)
+    for step in range(sampler.num_steps):
+        transition = sampler.transition(VELOCITY, STATE, step)
+        following = transition.sample(NOISE)
+        if not sampler.stochastic:
+            assert torch.equal(following, transition.mean_BCHW)
+            with pytest.raises(ShapeError):
+                transition.logprob(following)
+            continue
+        std = transition.std_B.view(-1, 1, 1, 1)
+        expected = Normal(transition.mean_BCHW, std).log_prob(following).mean(dim=(1, 2, 3))
+        torch.testing.assert_close(transition.logprob(following), expected, rtol=1e-4, atol=1e-4)
+        # The noise is what it was drawn from: mean log-density of standard normal noise, less log std.
+        by_noise = (-0.5 * NOISE**2).mean(dim=(1, 2, 3)) - transition.std_B.log() - 0.5 * math.log(2 * math.pi)
+        torch.testing.assert_close(transition.logprob(following), by_noise, rtol=1e-3, atol=1e-3)
+
+
+@ROWS
+def test_a_step_of_one_item_does_not_depend_on_its_neighbours(config_cls: type) -> None:
+    sampler = make(config_cls)
+    for step in range(sampler.num_steps):
+        together = sampler.transition(VELOCITY, STATE, step)
+        alone = sampler.transition(VELOCITY[1:2], STATE[1:2], step)
+        assert torch.equal(together.mean_BCHW[1:2], alone.mean_BCHW)
+        assert torch.equal(together.std_B[1:2], alone.std_B)
+
+
+@ROWS
+def test_gradients_reach_the_velocity(config_cls: type) -> None:
+    sampler = make(config_cls)
+    for step in range(sampler.num_steps):
+        velocity = VELOCITY.clone().requires_grad_()
+        sampler.transition(velocity, STATE, step).mean_BCHW.sum().backward()
+        assert velocity.grad is not None
+        assert (velocity.grad != 0).all()
