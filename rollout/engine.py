@@ -28,6 +28,7 @@ Slot = Literal["rollout", "eval"]
 
 # Real models' embeddings are megabytes each; a run visits far fewer prompts between weight swaps than this.
 _MAX_CACHED_PROMPTS = 1024
+_PROBE_SIGMAS = (0.95, 0.5, 0.05)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,17 @@ class SamplerSetup:
     sampler: Sampler
     guidance_scale: float
     needs: Needs
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a rollout policy predicted at keyed states, for the learner to predict again (the parity gate)."""
+
+    version: WeightVersion
+    state_BCHW: torch.Tensor
+    sigma_B: torch.Tensor
+    conditioning: Conditioning
+    velocity_BCHW: torch.Tensor
 
 
 class RolloutEngine:
@@ -96,6 +108,17 @@ class RolloutEngine:
             for place, (task, conditioning) in enumerate(zip(request.tasks, per_prompt, strict=True))
         ]
         return [replace(group, seconds=seconds) for group in groups]
+
+    def probe(self, text: str) -> Probe:
+        """Velocities of the rollout policy for one prompt, unguided, at a high, a middle and a low noise level."""
+        version = self._use("rollout")
+        keys = [SampleKey(self._run_seed, "parity", -1, index) for index in range(len(_PROBE_SIGMAS))]
+        state = normal(sample_generators(keys, "latent"), self.policy.latent_shape)
+        sigma = torch.tensor(_PROBE_SIGMAS)
+        with torch.no_grad():
+            conditioning = self._encode(text, with_negative=False).repeat(len(keys))
+            velocity = self.policy.predict(state.to(self.policy.device), sigma.to(self.policy.device), conditioning)
+        return Probe(version, state, sigma, conditioning.to(torch.device("cpu")), velocity.cpu())
 
     def _use(self, slot: Slot) -> WeightVersion:
         if slot not in self._snapshots:

@@ -52,6 +52,10 @@ class RolloutConfig(Config):
     """Compute threads per actor."""
     num_gpus: float = Field(0.0, ge=0)
     """GPUs per actor; 0 runs on the CPU."""
+    parity_every_steps: int = Field(20, ge=1)
+    """Versions between checks that actors and learner predict the same; the first version is always checked."""
+    parity_tolerance: float | None = Field(None, gt=0)
+    """Largest relative difference of velocities; by default what the precision and a folded adapter explain."""
 
 
 class CheckpointConfig(Config):
@@ -130,6 +134,15 @@ class RunConfig(Config):
             return self.rollout.fold_lora
         return Needs.LOGPROBS not in self.algorithm.needs
 
+    @property
+    def parity_tolerance(self) -> float:
+        """What rounding explains: bf16 on either side, else folding an adapter, else next to nothing."""
+        if self.rollout.parity_tolerance is not None:
+            return self.rollout.parity_tolerance
+        if "bf16" in (self.rollout.precision, self.learner.precision):
+            return 0.05
+        return 1e-3 if self.model.tuning == "lora" and self.fold_lora else 1e-5
+
     @model_validator(mode="after")
     def _refuse_impossible_pairs(self) -> RunConfig:
         needs = self.algorithm.needs
@@ -150,7 +163,9 @@ class RunConfig(Config):
             )
         self._check_learner_division()
         if self.placement == "in_process" and self.max_staleness:
-            raise ValueError(f"in_process runs one thing at a time, so max_staleness must be 0, got {self.max_staleness}")
+            raise ValueError(
+                f"in_process runs one thing at a time, so max_staleness must be 0, got {self.max_staleness}"
+            )
         if self.placement == "colocated":
             self._check_colocated()
         return self

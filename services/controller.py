@@ -33,6 +33,7 @@ from rollout.buffer import TicketBuffer
 from rollout.engine import ChunkRequest, chunk_requests, join_parts
 from rollout.prompts import GroupTask, PromptStream
 from services.config import RunConfig
+from services.parity import parity_gap
 from services.roles import Fleet, LearnerRole, Scorer
 from services.step_metrics import failed_samples, step_metrics
 
@@ -84,6 +85,7 @@ class Controller:
         self._timeline = Timeline()
         self._spawned: set[asyncio.Task[None]] = set()
         self._refused = 0
+        self._parity: dict[str, float] = {}
         self.stop = asyncio.Event()
         self.step = 0
         """Last completed step."""
@@ -96,6 +98,7 @@ class Controller:
             config.groups_per_step, config.max_staleness, start_step * config.groups_per_step
         )
         await self._publish(start_step)
+        await self._check_parity(start_step)
         if start_step == 0:
             await self._evaluate_if_due(0)
         self._timeline.drain()
@@ -255,6 +258,8 @@ class Controller:
 
     async def _hand_off(self, version: WeightVersion) -> None:
         await self._publish(version)
+        if version % self._config.rollout.parity_every_steps == 0:
+            await self._check_parity(version)
         await self._evaluate_if_due(version)
         await self._buffer.release(self._config.groups_per_step)
 
@@ -264,6 +269,13 @@ class Controller:
         with _timed(self._timeline, "pull"):
             await self._fleet.pull(snapshot, "rollout")
 
+    async def _check_parity(self, version: WeightVersion) -> None:
+        """The parity gate: an actor and the learner predict alike, or the run stops before it trains on the gap."""
+        with _timed(self._timeline, "parity"):
+            probe = await self._fleet.probe(self._prompts.prompts[0].text)
+            gap = parity_gap(probe, await self._learner.velocity(probe), self._config.parity_tolerance)
+        self._parity = {"parity/velocity_gap": gap}
+
     async def _evaluate_if_due(self, version: WeightVersion) -> None:
         last = version == self._config.num_steps
         if self._heldout and (version % self._config.eval.every_steps == 0 or last):
@@ -272,7 +284,7 @@ class Controller:
 
     def _log(self, step: int, metrics: Mapping[str, float], groups: Sequence[RolloutGroup], seconds: float) -> None:
         phases = self._timeline.drain()
-        everything = step_metrics(groups, step, phases, seconds) | dict(metrics)
+        everything = step_metrics(groups, step, phases, seconds) | dict(metrics) | self._parity
         self._observer.stepped(step, everything, groups)
 
 

@@ -22,7 +22,7 @@ from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
 from raylign.errors import ClusterError
 from raylign.types import RolloutGroup
-from rollout.engine import ChunkRequest, Slot
+from rollout.engine import ChunkRequest, Probe, Slot
 from services.roles import SnapshotHandle
 
 # A second chunk waits at each actor, so that it never idles for a round trip.
@@ -70,6 +70,9 @@ class RayFleet:
     async def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
         return await self._submit("generate", {"request": request})
 
+    async def probe(self, text: str) -> Probe:
+        return await self._submit("probe", {"text": text})
+
     async def pull(self, snapshot: SnapshotHandle, slot: Slot) -> None:
         """Every healthy actor loads it; one that is away pulls it when it comes back."""
         self._snapshots[slot] = snapshot
@@ -113,7 +116,7 @@ class RayFleet:
         """Hand waiting calls to actors: pulls to theirs at once, chunks to the least busy with room."""
         load = dict.fromkeys(self._manager.healthy_actor_ids(), 0)
         for call in self._pool.sent.values():
-            if call.verb == "generate" and call.actor_id in load:
+            if call.verb != "pull" and call.actor_id in load:
                 load[call.actor_id] += 1
         held: deque[_Call] = deque()
         while self._pool.waiting:

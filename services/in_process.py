@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.learner import Learner
 from raylign.types import RolloutGroup, StepResult, WeightVersion
 from raylign.weights import WeightSnapshot
-from rollout.engine import ChunkRequest, RolloutEngine, Slot
+from rollout.engine import ChunkRequest, Probe, RolloutEngine, Slot
 from services.roles import WhichPolicy
 
 
@@ -22,6 +24,9 @@ class LocalFleet:
 
     async def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
         return self._engine.generate(request)
+
+    async def probe(self, text: str) -> Probe:
+        return self._engine.probe(text)
 
     async def pull(self, snapshot: WeightSnapshot, slot: Slot) -> None:
         self._engine.pull(snapshot, slot)
@@ -56,6 +61,9 @@ class LocalLearner:
 
     async def load(self, folder: Path) -> None:
         self._learner.load_state_dict(load_checkpoint(folder).state)
+
+    async def velocity(self, probe: Probe) -> torch.Tensor:
+        return self._learner.velocity(probe.state_BCHW, probe.sigma_B, probe.conditioning)
 
     async def weights_sha256(self) -> str:
         return self._learner.weights_sha256()

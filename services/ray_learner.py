@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.actor import ActorHandle
 
 from raylign.types import RolloutGroup, StepResult, WeightVersion
+from rollout.engine import Probe
 from services.roles import WhichPolicy
 
 
@@ -43,6 +45,10 @@ class RayLearner:
 
     async def load(self, folder: Path) -> None:
         await asyncio.gather(*(rank.load.remote(str(folder)) for rank in self._ranks))
+
+    async def velocity(self, probe: Probe) -> torch.Tensor:
+        parts = probe.state_BCHW, probe.sigma_B, probe.conditioning
+        return (await self._ranks[0].learner_call.remote("velocity", *parts)).cpu()
 
     async def weights_sha256(self) -> str:
         return await self._ranks[0].learner_call.remote("weights_sha256")

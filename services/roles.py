@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
+
 from raylign.types import RewardBreakdown, RewardSample, RolloutGroup, StepResult, WeightVersion
-from rollout.engine import ChunkRequest, Slot
+from rollout.engine import ChunkRequest, Probe, Slot
 
 SnapshotHandle = Any
 WhichPolicy = Literal["rollout", "current"]
@@ -22,6 +24,10 @@ class Fleet(Protocol):
 
     async def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
         """Draw one chunk on any worker."""
+        ...
+
+    async def probe(self, text: str) -> Probe:
+        """What one worker's rollout policy predicts at keyed states, for the parity gate."""
         ...
 
     async def pull(self, snapshot: SnapshotHandle, slot: Slot) -> None:
@@ -58,6 +64,10 @@ class LearnerRole(Protocol):
 
     async def load(self, folder: Path) -> None:
         """Restore a checkpoint."""
+        ...
+
+    async def velocity(self, probe: Probe) -> torch.Tensor:
+        """The published rollout policy's velocities in the learner, at a probe's states."""
         ...
 
     async def weights_sha256(self) -> str: ...

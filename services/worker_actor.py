@@ -15,7 +15,7 @@ from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.parallel import RankGroup
 from raylign.types import RolloutGroup, WeightVersion
 from raylign.weights import WeightSnapshot
-from rollout.engine import ChunkRequest, Slot
+from rollout.engine import ChunkRequest, Probe, Slot
 from services.assembly import build_engine, build_learner
 from services.config import RunConfig
 
@@ -51,6 +51,9 @@ class Worker:
     # Rollout
     def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
         return self._engine.generate(request)  # type: ignore[union-attr]  # called on rollout workers only
+
+    def probe(self, text: str) -> Probe:
+        return self._engine.probe(text)  # type: ignore[union-attr]
 
     def pull(self, snapshot: WeightSnapshot, slot: Slot) -> WeightVersion:
         return self._engine.pull(snapshot, slot)  # type: ignore[union-attr]

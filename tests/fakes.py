@@ -26,7 +26,7 @@ from raylign.types import (
     WeightVersion,
 )
 from raylign.weights import WeightSnapshot, make_snapshot, verify_snapshot
-from rollout.engine import ChunkRequest, Slot
+from rollout.engine import ChunkRequest, Probe, Slot
 from rollout.prompts import GroupTask
 
 
@@ -112,6 +112,10 @@ class FakeFleet:
         if slot == "rollout":
             self.version = snapshot
 
+    async def probe(self, text: str) -> Probe:
+        ones = torch.ones(1, 1, 1, 1)
+        return Probe(self.version, ones, torch.ones(1), Conditioning(ones[0], ones[0, 0]), ones)
+
     async def close(self) -> None: ...
 
 
@@ -138,6 +142,7 @@ class FakeLearner:
     def __init__(self, finite: Callable[[int], bool] = lambda step: True) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.trained: list[list[RolloutGroup]] = []
+        self.parity_gap = 0.0
         self._finite = finite
         self._step = 0
 
@@ -169,6 +174,9 @@ class FakeLearner:
 
     async def load(self, folder: Path) -> None:
         self.calls.append(("load", folder.name))
+
+    async def velocity(self, probe: Probe) -> torch.Tensor:
+        return probe.velocity_BCHW * (1 + self.parity_gap)
 
     async def weights_sha256(self) -> str:
         return "0"

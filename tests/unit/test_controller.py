@@ -195,3 +195,29 @@ def test_a_group_that_is_too_old_is_refused() -> None:
     check_age([group], newest=4, max_staleness=1)
     with pytest.raises(StalenessError, match="2 versions old"):
         check_age([group], newest=5, max_staleness=1)
+
+
+def test_a_parity_gap_stops_the_run_before_anything_is_trained() -> None:
+    run = Run()
+    run.learner.parity_gap = 1e-2
+    with pytest.raises(NumericsError, match=r"parity gate at version 0.*at sigma 1 .tolerance 0.001"):
+        run.go()
+    assert run.learner.trained == []
+
+
+def test_the_parity_gap_is_logged_and_checked_again_at_its_interval() -> None:
+    run = Run(num_steps=6, rollout={"parity_every_steps": 3, "parity_tolerance": 0.5})
+    run.learner.parity_gap = 0.25
+    run.go()
+    assert {round(metrics["parity/velocity_gap"], 6) for _, metrics in run.recorder.steps} == {0.2}
+    run = Run(num_steps=6, rollout={"parity_every_steps": 3, "parity_tolerance": 0.5})
+    stepped = run.recorder.stepped
+
+    def spoil_after_two(step: int, metrics: Mapping[str, float], groups: Sequence[RolloutGroup]) -> None:
+        stepped(step, metrics, groups)
+        run.learner.parity_gap = 3.0 if step == 2 else 0.0
+
+    run.recorder.stepped = spoil_after_two  # type: ignore[method-assign]
+    with pytest.raises(ExceptionGroup) as raised:
+        run.go()
+    assert raised.group_contains(NumericsError, match="parity gate at version 3")
