@@ -48,14 +48,35 @@ class RewardConfig(Config):
 class Reward(Protocol):
     """One reward. Adding one: a file with its config and class, and a row in `rewards/__init__.py`."""
 
-    name: str
-    version: str
-    """Changes whenever equal samples may score differently: rule, model and library versions."""
-    modality: Modality
-    range: tuple[float, float] | None
-    """Least and greatest value, or None when unbounded."""
-    higher_is_better: bool
-    deterministic: bool
+    @property
+    def name(self) -> str:
+        """As configured."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Changes whenever equal samples may score differently: rule, model and library versions."""
+        ...
+
+    @property
+    def modality(self) -> Modality:
+        """What it looks at."""
+        ...
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """Least and greatest value, or None when unbounded."""
+        ...
+
+    @property
+    def higher_is_better(self) -> bool:
+        """False asks for a negative weight."""
+        ...
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether equal samples always score the same."""
+        ...
 
     def load(self) -> None:
         """Build what is slow to build; `score` does so itself if nobody did."""

@@ -35,7 +35,7 @@ from ray.serve import Application
 from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import LoggingConfig
+from ray.serve.schema import ApplicationStatusOverview, LoggingConfig
 
 from raylign.errors import ClusterError
 from raylign.types import Prompt, RewardBreakdown, RewardFailure, RewardSample, RewardScore
@@ -53,9 +53,11 @@ RETRY_WAITS_S = (0.25, 0.5, 1.0, 2.0, 4.0)
 READY_TIMEOUT_S = 5.0
 _LIFECYCLE: dict[str, Any] = {
     "health_check_period_s": 5.0,
+    "max_constructor_retry_count": 2,
     "graceful_shutdown_wait_loop_s": 0.1,
     "graceful_shutdown_timeout_s": 5.0,
 }
+_FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
@@ -197,27 +199,25 @@ class RewardService:
             raise ClusterError(
                 "the reward service needs a Ray cluster; call ray.init first, or run `raylign serve-rewards`"
             )
-        _start_serve(service, with_http)
         app_names = {config.name: f"{name}-{config.name}" for config in rewards}
-        targets = [
-            serve.RunTarget(_reward_application(config, service), app_names[config.name], None, _QUIET)
-            for config in rewards
-        ]
+        http_app = f"{name}-http"
         try:
-            deployed = serve.run_many(targets)
-            handles = {config.name: handle for config, handle in zip(rewards, deployed, strict=True)}
-            apps = list(app_names.values())
+            _start_serve(service, with_http)
+            deployed = _deploy(
+                {app_names[config.name]: _reward_application(config, service) for config in rewards},
+                None,
+                service.start_timeout_s,
+            )
             if with_http:
                 digest = token_digest(token) if token else None
                 ingress = _ingress_application(tuple(rewards), service, app_names, digest)
-                apps.append(f"{name}-http")
-                serve.run(ingress, name=apps[-1], route_prefix="/", logging_config=_QUIET)
+                _deploy({http_app: ingress}, "/", service.start_timeout_s)
                 _wait_for_proxy()
-        except (RuntimeError, RayError, RayServeException) as error:
-            raise ClusterError(
-                f"the reward service did not start: {error}; check the rewards' packages and that the cluster has "
-                f"{service.num_cpus_per_replica} CPU(s) free per replica"
-            ) from error
+        except BaseException:
+            _remove([*app_names.values(), http_app])
+            raise
+        handles = {config.name: handle for config, handle in zip(rewards, deployed, strict=True)}
+        apps = [*app_names.values(), *([http_app] if with_http else [])]
         scorer = HandleScorer(rewards, handles, service.timeout_s)
         return cls(
             apps, scorer, make_mix(rewards).check, f"http://{service.host}:{service.port}" if with_http else None
@@ -233,11 +233,7 @@ class RewardService:
 
     def shutdown(self) -> None:
         """Remove its applications, and Serve itself when nothing else runs on it."""
-        for app in self._apps:
-            serve.delete(app, _blocking=False)
-        remaining = set(serve.status().applications) - set(self._apps)
-        if not remaining:
-            serve.shutdown()
+        _remove(self._apps)
 
 
 def run_reward_server(config: RewardServerConfig, on_ready: Callable[[str], None] | None = None) -> None:
@@ -313,12 +309,47 @@ def _ingress_application(
 
 
 def _start_serve(service: ServiceConfig, http: bool) -> None:
-    """Start Serve on the cluster; where it already runs, it keeps its own HTTP settings."""
+    """Start Serve on the cluster; where it already runs, it keeps its own HTTP settings. Raises ClusterError."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its news is not the run's
     location: Literal["HeadOnly", "Disabled"] = "HeadOnly" if http else "Disabled"
     # Above our own limit, so that a slow reward is a result with a status and not a 408.
     options = HTTPOptions(host=service.host, port=service.port, request_timeout_s=2 * service.timeout_s)
-    serve.start(proxy_location=location, http_options=options, logging_config=_QUIET)
+    try:
+        serve.start(proxy_location=location, http_options=options if http else None, logging_config=_QUIET)
+    except (RayError, RayServeException) as error:
+        where = f" at {service.host}:{service.port}; is the port taken? Set another service.port" if http else ""
+        raise ClusterError(f"Ray Serve did not start{where}") from error
+
+
+def _deploy(apps: Mapping[str, Application], route_prefix: str | None, timeout_s: float) -> list[DeploymentHandle]:
+    """Deploy applications side by side and wait until all run. Raises ClusterError with Serve's reason.
+
+    Serve's own waiting has no end, for instance when no node has the CPUs that a replica asks for.
+    """
+    targets = [serve.RunTarget(app, name, route_prefix, _QUIET) for name, app in apps.items()]
+    handles = serve.run_many(targets, wait_for_applications_running=False)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        status = {name: app for name, app in serve.status().applications.items() if name in apps}
+        waiting = [name for name in apps if name not in status or status[name].status != "RUNNING"]
+        if not waiting:
+            return handles
+        failed = next((name for name in waiting if name in status and status[name].status in _FAILED), None)
+        if failed is not None or time.monotonic() > deadline:
+            name = failed or waiting[0]
+            raise ClusterError(
+                f"{name!r} of the reward service did not start: {_reason(status.get(name))}; see that the cluster has "
+                "CPUs free for every replica (num_cpus_per_replica) and the reward's packages"
+            )
+        time.sleep(0.05)
+
+
+def _reason(app: ApplicationStatusOverview | None) -> str:
+    """What Serve knows about an application that does not run."""
+    if app is None:
+        return "Serve does not know it"
+    messages = [app.message, *(deployment.message for deployment in app.deployments.values())]
+    return "; ".join(message.strip() for message in messages if message.strip()) or app.status.value
 
 
 def _wait_for_proxy(timeout_s: float = 30.0) -> None:
@@ -330,6 +361,15 @@ def _wait_for_proxy(timeout_s: float = 30.0) -> None:
                 "Ray Serve runs on this cluster without HTTP; use another cluster, or start this service first"
             )
         time.sleep(0.1)
+
+
+def _remove(apps: Sequence[str]) -> None:
+    """Delete applications, and Serve with the last one."""
+    running = set(serve.status().applications)
+    for app in running & set(apps):
+        serve.delete(app, _blocking=False)
+    if running <= set(apps):
+        serve.shutdown()
 
 
 async def _answer(response: Any, timeout_s: float) -> Any:

@@ -26,6 +26,8 @@ class ServiceConfig(Config):
     """How long a replica waits for more calls before it starts, milliseconds."""
     timeout_s: float = Field(default=120.0, gt=0)
     """A call without an answer after this time is an error."""
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    """Longest wait for replicas to load their models."""
     http: bool = False
     """Also serve over HTTP; a run reaches its rewards by handle and needs none."""
     host: str = "127.0.0.1"

@@ -14,7 +14,7 @@ from rewards import REWARDS, Reward, RewardConfig, RewardUnion, make_reward
 PROMPT = Prompt("p", 'a sign that says "HELLO"', {"answer": "4"})
 
 
-@pytest.fixture(scope="module", params=sorted(REWARDS, key=lambda cls: cls.__name__), ids=lambda cls: cls.__name__)
+@pytest.fixture(scope="module", params=list(REWARDS), ids=lambda cls: cls.__name__)
 def config(request: pytest.FixtureRequest) -> RewardConfig:
     return request.param()
 

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
+from raylign.errors import ClusterError
 from raylign.types import Prompt, RewardBreakdown, RewardSample
 from rewards import JpegConfig, OcrConfig, make_mix
 from rewards.images import encode_png
@@ -35,6 +36,7 @@ def _samples(count: int) -> list[RewardSample]:
 
 
 SAMPLES = _samples(6)
+IMAGE_HWC = np.random.default_rng(2).integers(0, 256, (24, 80, 3), dtype=np.uint8)
 
 
 def _free_port() -> int:
@@ -117,7 +119,7 @@ def _body(*files: bytes) -> dict:
 
 
 def test_refusals_over_http(service: RewardService) -> None:
-    png = encode_png(SAMPLES[0].image_HWC)
+    png = encode_png(IMAGE_HWC)
     partial = _post(service, _body(png, b"no picture", png))
     assert [result["status"] for result in partial.json()["results"]] == ["ok", "invalid_input", "ok"]
     assert partial.status_code == 200
@@ -131,6 +133,13 @@ def test_probes_over_http(service: RewardService) -> None:
     assert (ready.status_code, ready.json()) == (200, {"ready": True, "rewards": {"ocr": True, "jpeg": True}})
     listed = httpx.get(f"{service.address}/v1/rewards", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
     assert [reward["name"] for reward in listed.json()["rewards"]] == ["ocr", "jpeg"]
+
+
+def test_a_service_that_does_not_fit_says_so_and_leaves_the_other_alone(service: RewardService, expected: list) -> None:
+    too_big = ServiceConfig(num_cpus_per_replica=64, start_timeout_s=0.5)
+    with pytest.raises(ClusterError, match=r"'second-jpeg' .* did not start: .*num_cpus_per_replica"):
+        RewardService.start((JpegConfig(),), too_big, name="second")
+    assert _facts(asyncio.run(service.score(SAMPLES))) == expected
 
 
 def _replica(reward: str) -> psutil.Process:

@@ -1,6 +1,7 @@
 """The real engines on rendered words: the short way reads what RapidOCR's own recogniser reads."""
 
 from importlib import resources
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ SUGAR TIGER UNCLE VOICE WATER XENON YOUTH ZEBRA ANT BOX CAT DOG EGG FIG GUN HAT 
 def _render(text: str, height: int, width: int, size: int) -> np.ndarray:
     font_file = resources.files("raylign") / "assets" / "fonts" / "DejaVuSansMono-Bold.ttf"
     image = Image.new("RGB", (width, height), (40, 150, 70))
-    with font_file.open("rb") as file:
-        font = ImageFont.truetype(file, size)
+    with resources.as_file(font_file) as path:
+        font = ImageFont.truetype(path, size)
     ImageDraw.Draw(image).text((width / 2, height / 2), text, font=font, fill=(250, 250, 250), anchor="mm")
     return np.array(image)
 
@@ -32,7 +33,7 @@ def line_reader() -> LineReader:
 def test_lines_read_as_rapidocr_reads_them(line_reader: LineReader) -> None:
     from rapidocr import RapidOCR
 
-    ocr = RapidOCR(params={"Global.log_level": "error", "Global.use_det": False, "Global.use_cls": False})
+    ocr: Any = RapidOCR(params={"Global.log_level": "error", "Global.use_det": False, "Global.use_cls": False})
     images = [_render(word, 32, 96, 28) for word in WORDS]
     assert len(images) >= 40
     theirs = [ocr(image[:, :, ::-1].copy()).txts[0] for image in images]

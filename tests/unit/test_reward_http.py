@@ -20,12 +20,9 @@ from services.reward_config import ServiceConfig
 from services.reward_http import build_api, token_digest
 
 REWARDS = (JpegConfig(), JpegConfig(name="large", direction="incompress", weight=0.5, required=False))
-RNG = np.random.default_rng(0)
-SAMPLES = [
-    RewardSample(f"s{i}", Prompt(f"s{i}", f"prompt {i}"), RNG.integers(0, 256, (24, 80, 3), dtype=np.uint8))
-    for i in range(3)
-]
-PNG = encode_png(SAMPLES[0].image_HWC)
+IMAGES_GHWC = np.random.default_rng(0).integers(0, 256, (3, 24, 80, 3), dtype=np.uint8)
+SAMPLES = [RewardSample(f"s{i}", Prompt(f"s{i}", f"prompt {i}"), image_HWC) for i, image_HWC in enumerate(IMAGES_GHWC)]
+PNG = encode_png(IMAGES_GHWC[0])
 
 
 class LocalBackend:

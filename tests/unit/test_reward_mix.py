@@ -8,7 +8,7 @@ import pytest
 from raylign.errors import ConfigError, PromptError
 from raylign.types import Prompt, RewardFailure, RewardSample, RewardScore
 from rewards import JpegConfig, RewardMix, check_names, make_mix, mix
-from rewards.base import score_totally, success
+from rewards.base import Modality, score_totally, success
 
 FAILED = RewardFailure("model_error", "broken")
 
@@ -80,7 +80,7 @@ class Fussy:
 
     name = "fussy"
     version = "1"
-    modality = "text"
+    modality: Modality = "text"
     range = (0.0, 1.0)
     higher_is_better = True
     deterministic = True

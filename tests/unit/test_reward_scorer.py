@@ -6,9 +6,10 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from raylign.errors import ClusterError
 from raylign.types import Prompt, RewardSample, RewardScore
 from rewards import JpegConfig
-from services.reward_app import HandleScorer, RewardReplica
+from services.reward_app import HandleScorer, RewardReplica, RewardService
 from services.reward_config import ServiceConfig
 
 SAMPLES = [RewardSample(f"s{i}", Prompt("p", "x")) for i in range(2)]
@@ -113,6 +114,11 @@ def test_cancelling_a_score_cancels_its_calls() -> None:
 def test_readiness_is_told_per_reward() -> None:
     scorer = _scorer(FakeHandle("a", 0.5), FakeHandle("b", ActorDiedError()))
     assert asyncio.run(scorer.ready()) == {"a": True, "b": False}
+
+
+def test_without_a_cluster_there_is_no_service() -> None:
+    with pytest.raises(ClusterError, match=r"call ray\.init first"):
+        RewardService.start((JpegConfig(),), ServiceConfig())
 
 
 def test_a_call_that_waits_for_ever_makes_the_replica_unhealthy() -> None:
