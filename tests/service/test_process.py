@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from services import process
+
 ROOT = Path(__file__).parents[2]
 # In a process of its own: Ray reads its settings once per process, and the whole test run shares this one.
 DRIVER = """
@@ -115,5 +117,5 @@ def test_nothing_runs_on_when_the_driver_is_killed(tmp_path: Path) -> None:
     assert _gone(watched)
     # The folder of a killed run goes when the next one starts.
     assert temp_dir.exists()
-    _start(tmp_path, "finish").communicate(timeout=120)
-    assert not temp_dir.exists()
+    with process._temp_dir():
+        assert not temp_dir.exists()

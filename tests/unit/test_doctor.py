@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import time
-from collections import namedtuple
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from rich.console import Console
@@ -74,10 +74,14 @@ def test_a_folder_that_cannot_hold_shared_memory(tmp_path: Path) -> None:
     assert doctor.check_shared_memory(tmp_path).found.endswith(str(tmp_path))
 
 
+class _Memory(NamedTuple):
+    available: int
+    total: int
+
+
 def test_little_memory_is_told_in_gib(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = namedtuple("memory", ["available", "total"])
     for free, status in ((1, Status.FAIL), (4, Status.WARN), (20, Status.OK)):
-        found = memory(free * 1024**3, 24 * 1024**3)
+        found = _Memory(free * 1024**3, 24 * 1024**3)
         monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda found=found: found)
         assert doctor.check_memory().status is status
         assert doctor.check_memory().found == f"{free}.0 of 24.0 GiB free"

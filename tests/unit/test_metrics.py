@@ -126,7 +126,8 @@ def _events(path: Path) -> list[Any]:
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto import event_pb2
 
-    return [event_pb2.Event.FromString(raw) for raw in RawEventFileLoader(str(path)).Load()]
+    events: Any = event_pb2
+    return [events.Event.FromString(raw) for raw in RawEventFileLoader(str(path)).Load()]
 
 
 def test_tensorboard_reads_scalars_and_pictures(tmp_path: Path) -> None:

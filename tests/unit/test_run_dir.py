@@ -10,7 +10,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from pydantic import Field
 
 from raylign.config import Config, load_config
 from raylign.errors import ConfigError, RunDirError
@@ -33,7 +32,7 @@ class _Outer(Config):
 
 
 class _NoneMatters(Config):
-    limit: int | None = Field(5)
+    limit: int | None = 5
 
 
 def test_a_new_run_gets_its_folders_and_a_name_with_the_time(tmp_path: Path) -> None:
