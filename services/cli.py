@@ -104,7 +104,10 @@ def serve_rewards(
     from services.reward_app import run_reward_server
     from services.reward_config import RewardServerConfig
 
-    run_reward_server(load_config(RewardServerConfig, find_config(config)))
+    run_reward_server(
+        load_config(RewardServerConfig, find_config(config)),
+        lambda address: typer.echo(f"Rewards are served at {address} (docs at {address}/docs); Ctrl-C stops."),
+    )
 
 
 @app.command()

@@ -369,7 +369,7 @@ def _where_lines(run_dir: Path, done: bool) -> list[Text]:
     """Where to look and what to type next; only what exists."""
     lines: list[Text] = []
     for label, name in (
-        ("before/after", "before_after.png"),
+        ("before/after", "samples/before_after.png"),
         ("report", "report.html"),
         ("samples", "samples"),
         ("checkpoints", "checkpoints"),

@@ -63,12 +63,18 @@ class RunObserver:
         self._console.pictures(path, images[0])
         before = self._first_pictures(groups)
         rows = [
-            BeforeAfterRow(group.prompt.text, before[group.prompt.id][0], _pictures(group), before[group.prompt.id][1], _captions(group))
+            BeforeAfterRow(
+                group.prompt.text,
+                before[group.prompt.id][0],
+                _pictures(group),
+                before[group.prompt.id][1],
+                _captions(group),
+            )
             for group in groups
             if group.prompt.id in before
         ]
         if step and rows:
-            shown = [name for name in self.first_eval if name != "mean" and "/" not in name]
+            shown = [name for name in self.first_eval if name not in ("mean", "std_within_group") and "/" not in name]
             means = [(f"held-out {name}", self.first_eval[name], self.last_eval.get(name)) for name in shown]
             save_png(self._run.before_after, before_after(rows, means=means))
 

@@ -85,7 +85,7 @@ def _go(config: RunConfig, folder: RunDir, resumed: CheckpointManifest | None, a
         run = _Run(config, folder, console, prompts, heldout, resumed, folder.read_summary() if resumed else {})
         try:
             with _cluster(config, folder.path, address, console):
-                asyncio.run(_drive(run, started_s))
+                asyncio.run(_drive(run, started_s, own_cluster=address is None))
         except BaseExceptionGroup as group:
             error = _first_cause(group)
             console.failed(error, folder.path)
@@ -140,8 +140,8 @@ def _cluster(config: RunConfig, folder: Path, address: str | None, console: RunC
         yield
 
 
-async def _drive(run: _Run, started_s: float) -> None:
-    topology = await build(run.config, run.console.phase)
+async def _drive(run: _Run, started_s: float, own_cluster: bool) -> None:
+    topology = await build(run.config, run.console.phase, own_cluster)
     try:
         await _train(run, topology, started_s)
     finally:

@@ -37,8 +37,8 @@ class RunDir:
         self.metrics = path / METRICS_FILE
         self.summary = path / "summary.json"
         self.report = path / "report.html"
-        self.before_after = path / "before_after.png"
         self.samples = path / "samples"
+        self.before_after = self.samples / "before_after.png"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / TENSORBOARD_FOLDER
         self.logs = path / "logs"

@@ -48,17 +48,21 @@ class Topology:
             stop()
 
 
-async def build(config: RunConfig, phase: Phase) -> Topology:
-    """Every role, ready to work. `phase` wraps each stage of starting up, for the person who waits."""
+async def build(config: RunConfig, phase: Phase, own_cluster: bool = True) -> Topology:
+    """Every role, ready to work. `phase` wraps each stage of starting up, for the person who waits.
+
+    On the run's own cluster nothing is stopped by `close`: it all goes away with the cluster.
+    """
     if config.placement == "in_process":
         return _build_in_process(config, phase)
-    return await _build_on_ray(config, phase)
+    return await _build_on_ray(config, phase, own_cluster)
 
 
 def required_resources(config: RunConfig) -> dict[str, float]:
     """CPUs and GPUs that the run's actors and reward replicas reserve on a Ray cluster."""
     service = config.reward_service
-    cpus = len(config.rewards) * service.num_replicas * service.num_cpus_per_replica
+    replicas = len(config.rewards) * service.num_replicas + int(service.http)
+    cpus = replicas * service.num_cpus_per_replica
     gpus = config.rollout.num_actors * config.rollout.num_gpus
     if config.placement == "colocated":
         cpus += config.learner.num_ranks
@@ -92,7 +96,7 @@ def _build_in_process(config: RunConfig, phase: Phase) -> Topology:
     return Topology(LocalFleet(engine), scorer, LocalLearner(learner))
 
 
-async def _build_on_ray(config: RunConfig, phase: Phase) -> Topology:
+async def _build_on_ray(config: RunConfig, phase: Phase, own_cluster: bool) -> Topology:
     with phase("workers starting"):
         rollout_workers, rank_workers = _create_workers(config)
         # These imports take seconds and the workers load their models meanwhile.
@@ -114,7 +118,7 @@ async def _build_on_ray(config: RunConfig, phase: Phase) -> Topology:
         RayLearner(rank_workers),
         workers,
         tuple(names.values()),
-        (service.shutdown, lambda: _kill(workers)),
+        () if own_cluster else (service.shutdown, lambda: _kill(workers)),
     )
 
 

@@ -66,7 +66,7 @@ class TwoNumberPolicy:
         return make_snapshot(tensors or dict(self.trainable_parameters()), version, "full")
 
     def load_weights(self, snapshot: WeightSnapshot) -> None:
-        tensors = verify_snapshot(snapshot, {name: (1,) for name in self.trainable_parameters()})
+        tensors = verify_snapshot(snapshot, dict.fromkeys(self.trainable_parameters(), (1,)))
         with torch.no_grad():
             for name, parameter in self.trainable_parameters().items():
                 parameter.copy_(tensors[name])

@@ -58,7 +58,9 @@ def write_config(folder: Path, num_steps: int = 6, tuning: str = "full") -> Path
     return config
 
 
-def start(arguments: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+def start(
+    arguments: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     """`raylign ARGUMENTS` in its own process group, output in `folder/output.txt` (appended)."""
     with (folder / "output.txt").open("a") as output:
         return subprocess.Popen(

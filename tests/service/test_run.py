@@ -44,7 +44,9 @@ def test_a_run_leaves_what_it_promises(reference: tuple[Path, Path]) -> None:
     assert list((run_dir / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize("placement", [["separate", "--rollout.num_actors", "3"], ["colocated", "--rollout.num_actors", "1"]])
+@pytest.mark.parametrize(
+    "placement", [["separate", "--rollout.num_actors", "3"], ["colocated", "--rollout.num_actors", "1"]]
+)
 def test_other_placements_end_with_the_same_weights(
     reference: tuple[Path, Path], tmp_path: Path, placement: list[str]
 ) -> None:
@@ -71,7 +73,7 @@ def test_a_killed_run_resumes_exactly(reference: tuple[Path, Path], tmp_path: Pa
     run_dir = tmp_path / "run"
     process = cli.start(["train", str(config), "--run-dir", "run", "--placement", "in_process"], tmp_path)
     try:
-        cli.wait_for(lambda: (run_dir / "checkpoints" / "step_2").exists(), process)
+        cli.wait_for((run_dir / "checkpoints" / "step_2").exists, process)
         os.kill(process.pid, signal.SIGKILL)
         process.wait(10)
     finally:
@@ -131,7 +133,7 @@ def test_a_run_directory_in_use_is_refused(tmp_path: Path) -> None:
     arguments = ["train", str(config), "--run-dir", "run", "--placement", "in_process"]
     process = cli.start(arguments, tmp_path)
     try:
-        cli.wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), process)
+        cli.wait_for((tmp_path / "run" / "metrics.jsonl").exists, process)
         other = tmp_path / "other"
         other.mkdir()
         code, output = cli.run(["train", str(config), "--run-dir", "../run", "--placement", "in_process"], other)

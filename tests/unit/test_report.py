@@ -100,7 +100,7 @@ def _picture(path: Path, size: int = 8) -> None:
 
 def test_a_whole_run_makes_a_whole_page(tmp_path: Path) -> None:
     run = tmp_path / "quickstart"
-    _picture(run / "before_after.png")
+    _picture(run / "samples" / "before_after.png")
     _picture(run / "samples" / "step_00000.png")
     _picture(run / "samples" / "step_00015.png")
     eval_rows = [{"step": 0, "eval/ocr": 0.39, "eval/diversity": 0.2}]
@@ -136,7 +136,7 @@ def test_a_whole_run_makes_a_whole_page(tmp_path: Path) -> None:
 
 
 def test_a_page_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
-    _picture(tmp_path / "run" / "before_after.png")
+    _picture(tmp_path / "run" / "samples" / "before_after.png")
     text = _write(tmp_path / "run", _rows(), EVERYTHING)
     page = _Page(text)
     assert page.loaded == []
@@ -170,8 +170,8 @@ def test_nulls_torn_lines_and_broken_files_are_borne(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "samples").mkdir(parents=True)
     (run / "samples" / "step_00001.png").write_bytes(b"\x89PNG not really")
-    _picture(run / "before_after.png")
-    (run / "before_after.png").write_bytes((run / "before_after.png").read_bytes()[:60])
+    _picture(run / "samples" / "before_after.png")
+    (run / "samples" / "before_after.png").write_bytes((run / "samples" / "before_after.png").read_bytes()[:60])
     rows = [{"step": 1, "loss": None, "reward/mean": 0.5}, {"step": 2, "loss": 0.5, "reward/mean": None}]
     run.joinpath("config.toml").write_text("= no toml")
     run.joinpath("metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
@@ -198,10 +198,10 @@ def test_many_sample_grids_are_thinned_with_both_ends_kept(tmp_path: Path) -> No
 
 
 def test_a_large_picture_is_inlined_smaller(tmp_path: Path) -> None:
-    _picture(tmp_path / "run" / "before_after.png", 900)
+    _picture(tmp_path / "run" / "samples" / "before_after.png", 900)
     text = _write(tmp_path / "run", _rows())
     assert "data:image/jpeg;base64," in text
-    assert len(text) < (tmp_path / "run" / "before_after.png").stat().st_size
+    assert len(text) < (tmp_path / "run" / "samples" / "before_after.png").stat().st_size
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
