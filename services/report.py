@@ -59,10 +59,15 @@ def _is_spread(name: str) -> bool:
     return name.endswith(("/std_within_group", "/diversity"))
 
 
+def _is_reward(name: str, prefix: str) -> bool:
+    """A mean reward or one of its details; spreads and counts of groups have other scales."""
+    return name.startswith(prefix) and not _is_spread(name) and not name.endswith("_groups")
+
+
 # The order of the page. What no row shows follows under "more metrics".
 _CHARTS = (
-    _ChartRow("Training reward", lambda name: name.startswith("reward/") and not _is_spread(name)),
-    _ChartRow("Held-out rewards", lambda name: name.startswith("eval/") and not _is_spread(name)),
+    _ChartRow("Training reward", lambda name: _is_reward(name, "reward/")),
+    _ChartRow("Held-out rewards", lambda name: _is_reward(name, "eval/")),
     _ChartRow("Diversity and spread within groups", _is_spread, floor_zero=True),
     _ChartRow("Loss", lambda name: name in ("loss", "loss/policy")),
     _ChartRow("Distance from the reference (KL)", lambda name: "kl" in name.split("/"), floor_zero=True),

@@ -31,7 +31,8 @@ def test_a_step_is_one_flushed_json_line(tmp_path: Path) -> None:
 
 def test_values_that_are_not_finite_become_null_and_scalars_become_floats(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path)
-    sink.log(1, {"a": float("nan"), "b": float("inf"), "c": np.float32(0.5), "d": torch.tensor(2.0), "e": 3, "f": True})
+    values: dict[str, Any] = {"c": np.float32(0.5), "d": torch.tensor(2.0), "e": 3, "f": True}
+    sink.log(1, {"a": float("nan"), "b": float("inf"), **values})
     sink.close()
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row == {"step": 1, "a": None, "b": None, "c": 0.5, "d": 2.0, "e": 3, "f": 1.0}

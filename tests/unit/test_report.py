@@ -89,6 +89,7 @@ def _rows(count: int = 3) -> list[dict[str, Any]]:
             "throughput/samples_per_s": 24.0,
             "failed/reward_failed": 0,
             "velocity/old_gap": 0.1,
+            "reward/zero_variance_groups": 2,
         }
         for step in range(1, count + 1)
     ]
@@ -121,6 +122,7 @@ def test_a_whole_run_makes_a_whole_page(tmp_path: Path) -> None:
         "Samples per second",
         "Seconds per step, by phase",
         "velocity/old_gap",
+        "reward/zero_variance_groups",
         "Held-out samples over time",
         "Configuration",
         "Environment and result",
