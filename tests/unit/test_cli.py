@@ -1,0 +1,99 @@
+"""Bad input on the command line: exit code 1, one clear message, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def _raylign(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "services.cli", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def _refused(arguments: list[str], folder: Path) -> str:
+    done = _raylign(arguments, folder)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_help_names_every_command(tmp_path: Path) -> None:
+    done = _raylign(["--help"], tmp_path)
+    assert done.returncode == 0
+    for command in ("train", "resume", "export", "evaluate", "pretrain", "serve-rewards", "report", "doctor"):
+        assert command in done.stdout
+
+
+def test_a_prompt_without_a_quoted_target_is_named_before_anything_starts(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text('a sign that says "ONE"\na sign that says nothing\n')
+    output = _refused(["train", "quickstart_image", "--prompts.train", str(prompts), "--run-dir", "run"], tmp_path)
+    assert "prompts:2" in output
+    assert "quot" in output
+
+
+def test_an_unreadable_prompt_line_is_named(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a sign that says \\"ONE\\""}\n{"prompt": 3}\n')
+    output = _refused(["train", "quickstart_image", "--prompts.train", str(prompts), "--run-dir", "run"], tmp_path)
+    assert "prompts.jsonl, line 2" in output
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no folder", "is no directory"),
+        ("no index", "model_index.json"),
+        ("other pipeline", "is a FluxPipeline"),
+        ("no vae", "lacks its component folder vae/"),
+    ],
+)
+def test_a_wrong_model_directory_is_refused_with_the_component(tmp_path: Path, damage: str, message: str) -> None:
+    model = tmp_path / "model"
+    if damage != "no folder":
+        model.mkdir()
+        names = ("transformer", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        for name in names:
+            (model / name).mkdir()
+        if damage != "no index":
+            kind = "FluxPipeline" if damage == "other pipeline" else "StableDiffusion3Pipeline"
+            index = {"_class_name": kind, **{name: ["diffusers", "X"] for name in (*names, "vae")}}
+            (model / "model_index.json").write_text(json.dumps(index))
+    arguments = [
+        "train",
+        "quickstart_image",
+        "--model.path",
+        str(model),
+        "--placement",
+        "in_process",
+        "--run-dir",
+        "run",
+    ]
+    assert message in _refused(arguments, tmp_path)
+
+
+def test_resume_export_and_report_refuse_what_is_no_run(tmp_path: Path) -> None:
+    for arguments in (["resume", "."], ["export", ".", "out"], ["report", "."], ["resume", "nowhere"]):
+        output = _refused(arguments, tmp_path)
+        assert "no run" in output
+
+
+def test_pretrain_refuses_unknown_names_and_full_folders(tmp_path: Path) -> None:
+    assert "known: glyphs" in _refused(["pretrain", "glyfs", "--out", "new"], tmp_path)
+    (tmp_path / "file").touch()
+    assert "is not empty" in _refused(["pretrain", "glyphs", "--out", "."], tmp_path)
