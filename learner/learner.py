@@ -20,7 +20,7 @@ from learner.advantages import credit_metrics
 from learner.algorithms import AlgorithmConfig, make_algorithm
 from learner.batching import StepData, TrainBatch, cut
 from learner.parallel import GradientBucket, RankGroup
-from learner.policies import PolicySet, PolicyTensors, check_names, clone_tensors, decay_towards
+from learner.policies import PolicySet, PolicyTensors, check_names, decay_towards
 from learner.state import LearnerState
 from learner.tally import MetricTally
 from raylign.config import Config
@@ -205,7 +205,7 @@ class Learner:
 
     def state_dict(self) -> LearnerState:
         """Copies, on the CPU, of all that decides the next step. Equal on every rank: save it from one."""
-        tensors = _prefixed("params", clone_tensors(self.policy))
+        tensors = _prefixed("params", {name: parameter.data for name, parameter in self._parameters.items()})
         for relative, relative_tensors in self.policies.relatives.items():
             tensors |= _prefixed(relative, relative_tensors)
         for part in _ADAM_STATE:

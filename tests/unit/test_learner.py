@@ -14,7 +14,7 @@ from learner.algorithms.flow_grpo import FlowGrpoConfig
 from learner.algorithms.nft import NftConfig, OldDecay
 from learner.learner import Learner, LearnerConfig
 from learner.policies import clone_tensors
-from learner.state import LearnerState
+from learner.state import LearnerState, policy_tensors
 from raylign.errors import CheckpointError, NumericsError, RewardError, WeightError
 from raylign.models import load_policy
 from raylign.types import RolloutGroup
@@ -255,6 +255,17 @@ def test_a_loaded_state_goes_on_bit_for_bit(algorithm: AlgorithmConfig) -> None:
     assert resumed.publish(3).sha256 == learner.publish(3).sha256
     for name, tensor in learner.state_dict().tensors.items():
         assert torch.equal(resumed.state_dict().tensors[name], tensor), name
+
+
+def test_a_state_is_a_copy_that_holds_the_policy_under_its_own_names() -> None:
+    learner = make()
+    state = learner.state_dict()
+    started = {name: tensor.clone() for name, tensor in policy_tensors(state).items()}
+    train_step(learner, groups_for(NFT), 1)
+    assert started.keys() == learner.policy.trainable_parameters().keys()
+    for name, tensor in policy_tensors(state).items():
+        assert torch.equal(tensor, started[name])
+        assert not torch.equal(tensor, learner.policy.trainable_parameters()[name])
 
 
 def test_a_state_from_before_the_first_step_can_be_loaded_over_a_later_one() -> None:
