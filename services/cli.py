@@ -121,9 +121,9 @@ def report(run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")]
 @app.command()
 def doctor() -> None:
     """Say what this machine has, what it lacks for Raylign, and what to do."""
-    from services.doctor import print_diagnosis
+    from services.doctor import diagnose, print_checks
 
-    raise typer.Exit(print_diagnosis())
+    raise typer.Exit(print_checks(diagnose()))
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:

@@ -40,72 +40,72 @@ class PromptsConfig(Config):
 class RolloutConfig(Config):
     """The rollout actors."""
 
-    num_actors: int = Field(2, ge=1)
+    num_actors: int = Field(default=2, ge=1)
     """Rollout actors; may be changed freely, results stay the same."""
-    chunk_size: int | None = Field(None, ge=1)
+    chunk_size: int | None = Field(default=None, ge=1)
     """Samples per batch; a multiple or a divisor of group_size. One group when not given."""
     precision: Precision = "fp32"
     """Number format of rollout weights and activations."""
     fold_lora: bool | None = None
     """Fold adapters into the weights: faster, equal up to rounding. By default only where no log-prob is needed."""
-    num_threads: int = Field(1, ge=1)
+    num_threads: int = Field(default=1, ge=1)
     """Compute threads per actor."""
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
     """GPUs per actor; 0 runs on the CPU."""
-    parity_every_steps: int = Field(20, ge=1)
+    parity_every_steps: int = Field(default=20, ge=1)
     """Versions between checks that actors and learner predict the same; the first version is always checked."""
-    parity_tolerance: float | None = Field(None, gt=0)
+    parity_tolerance: float | None = Field(default=None, gt=0)
     """Largest relative difference of velocities; by default what the precision and a folded adapter explain."""
 
 
 class CheckpointConfig(Config):
     """When to write checkpoints."""
 
-    every_steps: int = Field(20, ge=1)
+    every_steps: int = Field(default=20, ge=1)
     """Steps between checkpoints; one is always written at the end, on Ctrl-C and before a stop."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """Newest checkpoints to keep."""
 
 
 class EvalConfig(Config):
     """Held-out evaluation with a deterministic sampler: same keys every time."""
 
-    every_steps: int = Field(20, ge=1)
+    every_steps: int = Field(default=20, ge=1)
     """Steps between evaluations; the first and last are always made."""
-    num_prompts: int | None = Field(None, ge=1)
+    num_prompts: int | None = Field(default=None, ge=1)
     """The first prompts of the held-out file; all when not given."""
-    samples_per_prompt: int = Field(2, ge=1)
+    samples_per_prompt: int = Field(default=2, ge=1)
     """Samples of each prompt; two or more also measure diversity."""
-    num_steps: int | None = Field(None, ge=1)
+    num_steps: int | None = Field(default=None, ge=1)
     """Denoising steps; the rollout sampler's when not given."""
-    guidance_scale: float = Field(1.0, ge=1.0)
+    guidance_scale: float = Field(default=1.0, ge=1.0)
     """Classifier-free guidance of the evaluation; 1 is off."""
 
 
 class RunConfig(Config):
     """One training run."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seeds everything: prompts' order, every sample, the adapter's start."""
-    num_steps: int = Field(60, ge=1)
+    num_steps: int = Field(default=60, ge=1)
     """Policy updates: rollouts, rewards, training, publication."""
     placement: Placement = "separate"
     """in_process: no Ray. colocated: each worker samples and trains. separate: rollout actors and learner ranks."""
-    max_staleness: int = Field(0, ge=0)
+    max_staleness: int = Field(default=0, ge=0)
     """How many versions old a sample may be when it is trained on; 0 is synchronous."""
-    group_size: int = Field(12, ge=2)
+    group_size: int = Field(default=12, ge=2)
     """Samples per prompt (G): credit compares siblings, so at least 2."""
-    groups_per_step: int = Field(8, ge=1)
+    groups_per_step: int = Field(default=8, ge=1)
     """Prompts per step (P)."""
-    max_failed_fraction: float = Field(0.25, ge=0, lt=1)
+    max_failed_fraction: float = Field(default=0.25, ge=0, lt=1)
     """Stop, after a checkpoint, when more than this share of a step's samples has no reward."""
-    max_refused_steps: int = Field(3, ge=1)
+    max_refused_steps: int = Field(default=3, ge=1)
     """Stop, after a checkpoint, after this many refused (not finite) updates in a row."""
     model: ModelConfig = Sd3Config()
     prompts: PromptsConfig = PromptsConfig()
     sampler: SamplerConfig = EulerOdeConfig()
     algorithm: AlgorithmConfig = NftConfig()
-    rewards: tuple[RewardUnion, ...] = Field((OcrConfig(),), min_length=1)
+    rewards: tuple[RewardUnion, ...] = Field(default=(OcrConfig(),), min_length=1)
     reward_service: ServiceConfig = ServiceConfig()
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
@@ -178,6 +178,15 @@ class RunConfig(Config):
                 f"groups_per_step x group_size = {samples} samples do not divide into learner.updates_per_step x "
                 f"num_ranks = {self.learner.updates_per_step} x {self.learner.num_ranks} equal shares"
             )
+        if Needs.LOGPROBS in self.algorithm.needs:
+            # Their work is cut by whole rollout chunks, so that a micro-batch is what was sampled together.
+            chunks = samples // self.micro_batch_size
+            if chunks % shares:
+                raise ValueError(
+                    f"algorithm {self.algorithm.type!r} trains whole chunks, and {chunks} chunk(s) of "
+                    f"{self.micro_batch_size} do not divide into {shares} shares (updates_per_step x num_ranks); "
+                    "lower rollout.chunk_size or raise groups_per_step"
+                )
         if self.placement == "in_process" and self.learner.num_ranks > 1:
             raise ValueError(f"in_process has one learner rank, got learner.num_ranks = {self.learner.num_ranks}")
 

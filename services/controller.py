@@ -35,7 +35,7 @@ from rollout.prompts import GroupTask, PromptStream
 from services.config import RunConfig
 from services.parity import parity_gap
 from services.roles import Fleet, LearnerRole, Scorer
-from services.step_metrics import failed_samples, step_metrics
+from services.step_metrics import failed_samples, over_updates, step_metrics
 
 
 class Observer(Protocol):
@@ -230,9 +230,7 @@ class Controller:
                 await hand_off
             with _timed(self._timeline, "train"):
                 results.append(await self._learner.optimise(update))
-        for name in {name for result in results for name in result.metrics}:
-            values = [result.metrics[name] for result in results if name in result.metrics]
-            metrics[name] = sum(values) / len(values)
+        metrics |= over_updates(results)
         self._count_refused(results, step, metrics)
         metrics |= await self._learner.end_step(step)
         return metrics

@@ -9,7 +9,7 @@ import numpy as np
 
 from raylign.metrics import MetricsSink
 from raylign.types import Rollout, RolloutGroup
-from services.console import RunConsole
+from services.console import RunConsole, headline_means
 from services.pictures import BeforeAfterRow, Caption, before_after, grid, save_png
 from services.run_dir import RunDir
 from services.step_metrics import diversity, reward_metrics
@@ -74,8 +74,10 @@ class RunObserver:
             if group.prompt.id in before
         ]
         if step and rows:
-            shown = [name for name in self.first_eval if name not in ("mean", "std_within_group") and "/" not in name]
-            means = [(f"held-out {name}", self.first_eval[name], self.last_eval.get(name)) for name in shown]
+            means = [
+                (f"held-out {name}", first, self.last_eval.get(name))
+                for name, first in headline_means(self.first_eval).items()
+            ]
             save_png(self._run.before_after, before_after(rows, means=means))
 
     def _first_pictures(self, groups: Sequence[RolloutGroup]) -> dict[str, tuple[list[np.ndarray], list[Caption]]]:

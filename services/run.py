@@ -18,8 +18,9 @@ from learner.checkpoint import CheckpointManifest, latest_checkpoint, prune_chec
 from raylign.assets import resolve
 from raylign.errors import CheckpointError, ConfigError, RaylignError
 from raylign.metrics import make_sinks
+from raylign.models import check_model
 from raylign.types import Prompt
-from rewards import make_reward
+from rewards import make_mix
 from rollout.prompts import GroupTask, PromptStream, load_prompts
 from services.config import RunConfig, read_resolved_config
 from services.console import RunConsole
@@ -32,6 +33,14 @@ EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 _SINKS = ("jsonl", "tensorboard")
 
 
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """Prompts to train on, and held-out prompts as evaluation tasks."""
+
+    prompts: list[Prompt]
+    heldout: list[GroupTask]
+
+
 @dataclass(slots=True)
 class _Run:
     """What one run needs at hand while it goes."""
@@ -39,8 +48,7 @@ class _Run:
     config: RunConfig
     folder: RunDir
     console: RunConsole
-    prompts: list[Prompt]
-    heldout: list[GroupTask]
+    inputs: _Inputs
     resumed: CheckpointManifest | None
     earlier: dict[str, Any] = field(default_factory=dict[str, Any])
     """The summary of the part before a resumption."""
@@ -49,9 +57,10 @@ class _Run:
 
 def train_run(config: RunConfig, config_name: str, run_dir: Path | None, address: str | None) -> int:
     """Run a configuration in a new directory; returns the exit code. Raises RaylignError for bad input."""
+    tasks = _read_inputs(config)
     with RunDir.create(run_dir, config_name) as folder:
         folder.write_config(config)
-        return _go(config, folder, None, address)
+        return _go(config, folder, tasks, None, address)
 
 
 def resume_run(path: Path, address: str | None) -> int:
@@ -70,7 +79,7 @@ def resume_run(path: Path, address: str | None) -> int:
         if manifest.step >= config.num_steps:
             RunConsole().note(f"{path} is finished: step {manifest.step} of {config.num_steps}; nothing to do")
             return EXIT_OK
-        return _go(config, folder, manifest, address)
+        return _go(config, folder, _read_inputs(config), manifest, address)
 
 
 def config_sha256(config: RunConfig) -> str:
@@ -78,11 +87,12 @@ def config_sha256(config: RunConfig) -> str:
     return hashlib.sha256(config_toml(config).encode()).hexdigest()
 
 
-def _go(config: RunConfig, folder: RunDir, resumed: CheckpointManifest | None, address: str | None) -> int:
+def _go(
+    config: RunConfig, folder: RunDir, inputs: _Inputs, resumed: CheckpointManifest | None, address: str | None
+) -> int:
     started_s = time.monotonic()
-    prompts, heldout = _load_prompts(config)
     with RunConsole() as console:
-        run = _Run(config, folder, console, prompts, heldout, resumed, folder.read_summary() if resumed else {})
+        run = _Run(config, folder, console, inputs, resumed, folder.read_summary() if resumed else {})
         try:
             with _cluster(config, folder.path, address, console):
                 asyncio.run(_drive(run, started_s, own_cluster=address is None))
@@ -105,16 +115,17 @@ def _go(config: RunConfig, folder: RunDir, resumed: CheckpointManifest | None, a
         return EXIT_OK if run.status == "finished" else EXIT_INTERRUPTED
 
 
-def _load_prompts(config: RunConfig) -> tuple[list[Prompt], list[GroupTask]]:
-    """Training prompts and held-out tasks, each checked by every required reward before anything starts."""
+def _read_inputs(config: RunConfig) -> _Inputs:
+    """Check the model directory, read the prompts, and let every required reward check each, before anything starts."""
+    check_model(config.model)
     prompts = load_prompts(resolve(config.prompts.train))
     heldout: list[Prompt] = []
     if config.prompts.heldout is not None:
         heldout = load_prompts(resolve(config.prompts.heldout))[: config.eval.num_prompts]
-    for reward in (make_reward(reward) for reward in config.rewards if reward.required):
-        for prompt in (*prompts, *heldout):
-            reward.check(prompt)
-    return prompts, [GroupTask(prompt, -1, place) for place, prompt in enumerate(heldout)]
+    rewards = make_mix(config.rewards)
+    for prompt in (*prompts, *heldout):
+        rewards.check(prompt)
+    return _Inputs(prompts, [GroupTask(prompt, -1, place) for place, prompt in enumerate(heldout)])
 
 
 @contextmanager
@@ -167,8 +178,8 @@ async def _train(run: _Run, topology: Topology, started_s: float) -> None:
 
     controller = Controller(
         config,
-        PromptStream(run.prompts, config.seed),
-        run.heldout,
+        PromptStream(run.inputs.prompts, config.seed),
+        run.inputs.heldout,
         topology.fleet,
         topology.scorer,
         topology.learner,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from raylign.types import RolloutGroup, RolloutStatus, WeightVersion
+from raylign.types import RolloutGroup, RolloutStatus, StepResult, WeightVersion
 
 
 def step_metrics(
@@ -37,6 +37,13 @@ def step_metrics(
         if status is not RolloutStatus.OK:
             metrics[f"failed/{status}"] = sum(r.status is status for g in groups for r in g.rollouts)
     return metrics
+
+
+def over_updates(results: Sequence[StepResult]) -> dict[str, float]:
+    """The learner's metrics over a step's updates: the greatest of those named `…_max`, the mean of the others."""
+    names = dict.fromkeys(name for result in results for name in result.metrics)
+    values = {name: [result.metrics[name] for result in results if name in result.metrics] for name in names}
+    return {name: max(some) if name.endswith("_max") else statistics.fmean(some) for name, some in values.items()}
 
 
 def reward_metrics(groups: Sequence[RolloutGroup], prefix: str) -> dict[str, float]:
@@ -92,7 +99,5 @@ def diversity(groups: Sequence[RolloutGroup]) -> float | None:
         if group.images_GHWC is None:
             continue
         pictures = group.images_GHWC.astype(np.float32).reshape(group.group_size, -1) / 255.0
-        distances += [
-            float(np.sqrt(np.mean((one - other) ** 2))) for one, other in itertools.combinations(pictures, 2)
-        ]
+        distances += [float(np.sqrt(np.mean((one - other) ** 2))) for one, other in itertools.combinations(pictures, 2)]
     return statistics.fmean(distances) if distances else None

@@ -185,6 +185,11 @@ def load_sd3(
     return Sd3Policy(config, transformer, pipeline, vae_config, shift, fold and role == "rollout")
 
 
+def check_sd3(config: Sd3Config) -> None:
+    """Raise for a model directory that is not there, or lacks a component, before anything is started."""
+    check_pipeline_folder(resolve(config.path))
+
+
 def load_pipeline(folder: Path, precision: Precision = "fp32") -> StableDiffusion3Pipeline:
     """The whole diffusers pipeline of a checked directory, progress bars off."""
     _quiet()

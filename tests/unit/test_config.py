@@ -56,6 +56,15 @@ def test_a_mistyped_type_names_the_nearest() -> None:
         ),
         ({"learner__updates_per_step": "5"}, "96 samples do not divide"),
         ({"learner__num_ranks": "7"}, "96 samples do not divide"),
+        (
+            {
+                "algorithm__type": "flow_grpo",
+                "sampler__type": "flow_sde",
+                "rollout__chunk_size": "96",
+                "learner__updates_per_step": "2",
+            },
+            "lower rollout.chunk_size",
+        ),
         ({"placement": "in_process", "max_staleness": "1"}, "max_staleness must be 0"),
         ({"placement": "in_process", "learner__num_ranks": "2"}, "one learner rank"),
         ({"placement": "colocated", "rollout__num_actors": "2"}, "must be equal, got 2 and 1"),

@@ -1,0 +1,63 @@
+"""A step's numbers, worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from raylign.types import Prompt, RewardBreakdown, RewardScore, RolloutGroup, StepResult
+from rollout.prompts import GroupTask
+from services.step_metrics import diversity, failed_samples, over_updates, reward_metrics, step_metrics
+from tests.fakes import breakdown, make_group
+
+
+def _group(*values: float | None, version: int = 4) -> RolloutGroup:
+    group = make_group(GroupTask(Prompt("p", "text"), 0, 0), range(len(values)), version, seconds={"sample": 0.5})
+    return group.with_rewards([breakdown(value) for value in values], seconds=0.25)
+
+
+def test_rewards_are_means_over_samples_that_have_one() -> None:
+    metrics = reward_metrics([_group(1.0, 0.0, None), _group(0.5, None, None)], "reward")
+    assert metrics == {"reward/mean": 0.5, "reward/fake": 0.5, "reward/std_within_group": 0.5}
+
+
+def test_numeric_details_become_metrics() -> None:
+    scores = [
+        RewardBreakdown(v, (RewardScore("ocr", v, details={"exact": v == 1.0, "text": "A"}),)) for v in (1.0, 0.5)
+    ]
+    group = _group(0.0, 0.0).with_rewards(scores)
+    assert reward_metrics([group], "eval")["eval/ocr/exact"] == 0.5
+
+
+def test_a_step_reports_ages_failures_phases_and_speed() -> None:
+    metrics = step_metrics([_group(1.0, None)], 6, {"rollout": 1.0, "evaluate": 2.0}, 4.0)
+    assert metrics["staleness/max"] == 1
+    assert metrics["failed/reward_failed"] == 1
+    assert metrics["time/other_s"] == 1.0
+    assert metrics["throughput/samples_per_s"] == 1.0
+    assert (metrics["busy/sample_s"], metrics["busy/reward_s"]) == (0.5, 0.25)
+
+
+def test_failures_are_counted_with_their_first_cause() -> None:
+    count, cause = failed_samples([_group(1.0, None), _group(None, None)])
+    assert count == 3
+    assert cause == "fake: model_error: the fake engine is out of ink"
+
+
+def test_updates_average_but_maxima_stay_maxima() -> None:
+    results = [
+        StepResult({"loss": 1.0, "ratio/deviation_max": 0.0}, True),
+        StepResult({"loss": 3.0, "ratio/deviation_max": 0.4}, True),
+    ]
+    assert over_updates(results) == {"loss": 2.0, "ratio/deviation_max": 0.4}
+
+
+def test_diversity_is_the_mean_pixel_distance_of_pairs() -> None:
+    group = _group(1.0, 1.0, 1.0)
+    pictures = np.zeros((3, 1, 1, 3), np.uint8)
+    pictures[2] = 255
+    # Pairs: 0-1 are equal, 0-2 and 1-2 are a full scale apart.
+    assert diversity([replace(group, images_GHWC=pictures)]) == pytest.approx(2 / 3)
+    assert diversity([replace(group, images_GHWC=None)]) is None
