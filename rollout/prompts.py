@@ -77,7 +77,9 @@ def _parse_line(raw: bytes, path: Path, number: int) -> Prompt:
     try:
         line = raw.decode("utf-8").strip()
     except UnicodeDecodeError as error:
-        raise PromptError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from None
+        raise PromptError(
+            f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8"
+        ) from None
     default_id = f"{path.stem}:{number}"
     if path.suffix != ".jsonl":
         return Prompt(default_id, line)

@@ -28,7 +28,7 @@ class Transition:
     std_B: torch.Tensor
 
     def sample(self, noise_BCHW: torch.Tensor) -> torch.Tensor:
-        """mean + std * noise, (B, C, H, W)."""
+        """Mean + std * noise, (B, C, H, W)."""
         return self.mean_BCHW + self.std_B.view(-1, 1, 1, 1) * noise_BCHW
 
     def logprob(self, next_BCHW: torch.Tensor) -> torch.Tensor:

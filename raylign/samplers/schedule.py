@@ -15,7 +15,9 @@ def flow_sigmas(num_steps: int, shift: float, num_train_timesteps: int = 1000) -
     """
     levels = np.linspace(1, num_train_timesteps, num_train_timesteps, dtype=np.float32)[::-1] / num_train_timesteps
     shifted = shift * levels / (1 + (shift - 1) * levels)
-    timesteps = np.linspace(float(shifted[0]) * num_train_timesteps, float(shifted[-1]) * num_train_timesteps, num_steps)
+    timesteps = np.linspace(
+        float(shifted[0]) * num_train_timesteps, float(shifted[-1]) * num_train_timesteps, num_steps
+    )
     spaced = timesteps / num_train_timesteps
     spaced = shift * spaced / (1 + (shift - 1) * spaced)
     return torch.cat([torch.from_numpy(spaced.astype(np.float32)), torch.zeros(1)])
