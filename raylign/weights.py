@@ -112,4 +112,4 @@ def _checked_tensor(snapshot: WeightSnapshot, entry: TensorEntry, shape: tuple[i
 
 
 def _sha256(flat: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(flat).view(np.uint8)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(flat).data).hexdigest()

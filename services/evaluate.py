@@ -64,18 +64,18 @@ def evaluate_target(
 
 def _evaluate(config: RunConfig, snapshot: WeightSnapshot | None, pictures: Path | None) -> dict[str, dict[str, float]]:
     policy = load_policy(config.model, "rollout", seed=adapter_seed(config))
-    num_steps = config.eval.num_steps or config.sampler.num_steps
-    shared = {"num_steps": num_steps, "guidance_scale": config.eval.guidance_scale, "shift": config.sampler.shift}
-    sde = config.sampler if isinstance(config.sampler, FlowSdeConfig) else FlowSdeConfig()
-    samplers = {"eval": EulerOdeConfig(**shared), "rollout": FlowSdeConfig(**shared, noise_level=sde.noise_level)}
-    engine = RolloutEngine(
-        policy,
-        {
-            slot: SamplerSetup(make_sampler(sampler, policy.schedule_shift), config.eval.guidance_scale, Needs.FINAL)
-            for slot, sampler in samplers.items()
-        },
-        config.seed,
-    )
+    num_steps, scale = config.eval.num_steps or config.sampler.num_steps, config.eval.guidance_scale
+    shift = config.sampler.shift
+    noise_level = (config.sampler if isinstance(config.sampler, FlowSdeConfig) else FlowSdeConfig()).noise_level
+    samplers: dict[Slot, EulerOdeConfig | FlowSdeConfig] = {
+        "eval": EulerOdeConfig(num_steps=num_steps, guidance_scale=scale, shift=shift),
+        "rollout": FlowSdeConfig(num_steps=num_steps, guidance_scale=scale, shift=shift, noise_level=noise_level),
+    }
+    setups: dict[Slot, SamplerSetup] = {
+        slot: SamplerSetup(make_sampler(sampler, policy.schedule_shift), scale, Needs.FINAL)
+        for slot, sampler in samplers.items()
+    }
+    engine = RolloutEngine(policy, setups, config.seed)
     weights = snapshot or policy.export_weights(0)
     prompts = load_prompts(resolve(str(config.prompts.heldout)))[: config.eval.num_prompts]
     tasks = [GroupTask(prompt, -1, place) for place, prompt in enumerate(prompts)]

@@ -12,13 +12,13 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayActorError, WorkerCrashedError
-from ray.rllib.utils.actor_manager import FaultTolerantActorManager
+from ray.rllib.utils.actor_manager import CallResult, FaultTolerantActorManager
 
 from raylign.errors import ClusterError
 from raylign.types import RolloutGroup
@@ -149,7 +149,8 @@ class RayFleet:
             self._pool.waiting.append(call)
 
     def _fetch(self) -> None:
-        for result in self._manager.fetch_ready_async_reqs(timeout_seconds=0.0):
+        results = cast("Iterator[CallResult]", iter(self._manager.fetch_ready_async_reqs(timeout_seconds=0.0)))
+        for result in results:
             call = self._pool.sent.pop(result.tag, None)
             if call is None or call.future.done():
                 continue

@@ -89,7 +89,7 @@ class RunObserver:
                 arrays[f"images|{group.prompt.id}"] = np.stack(_pictures(group))
                 texts = [f"{int(bool(c.good))}{c.text}" for c in _captions(group)]
                 arrays[f"captions|{group.prompt.id}"] = np.array(texts)
-            np.savez(path, **arrays)
+            np.savez(path, allow_pickle=False, **arrays)
         with np.load(path, allow_pickle=False) as stored:
             ids = [name.removeprefix("images|") for name in stored.files if name.startswith("images|")]
             return {

@@ -41,17 +41,22 @@ class RayLearner:
         return reference
 
     async def save(self, folder: Path, record: Mapping[str, Any]) -> None:
-        await self._ranks[0].save.remote(str(folder), dict(record))
+        await self._first("save", str(folder), dict(record))
 
     async def load(self, folder: Path) -> None:
         await asyncio.gather(*(rank.load.remote(str(folder)) for rank in self._ranks))
 
     async def velocity(self, probe: Probe) -> torch.Tensor:
         parts = probe.state_BCHW, probe.sigma_B, probe.conditioning
-        return (await self._ranks[0].learner_call.remote("velocity", *parts)).cpu()
+        return (await self._first("learner_call", "velocity", *parts)).cpu()
 
     async def weights_sha256(self) -> str:
-        return await self._ranks[0].learner_call.remote("weights_sha256")
+        return await self._first("learner_call", "weights_sha256")
+
+    async def _first(self, method: str, *args: Any) -> Any:
+        """Call rank 0 alone."""
+        answer: Any = getattr(self._ranks[0], method).remote(*args)
+        return await answer
 
     async def _call(self, verb: str, *args: Any) -> Any:
         answers = await asyncio.gather(*(rank.learner_call.remote(verb, *args) for rank in self._ranks))

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,7 +129,7 @@ def _read_inputs(config: RunConfig) -> _Inputs:
 
 
 @contextmanager
-def _cluster(config: RunConfig, folder: Path, address: str | None, console: RunConsole) -> Iterator[None]:
+def _cluster(config: RunConfig, folder: Path, address: str | None, console: RunConsole) -> Generator[None]:
     """The Ray cluster of the run: none, a local one of its own, or one that is joined."""
     if config.placement == "in_process":
         if address is not None:
@@ -210,7 +210,7 @@ async def _train(run: _Run, topology: Topology, started_s: float) -> None:
 
 
 @contextmanager
-def _stop_on_signals(controller: Controller, console: RunConsole) -> Iterator[None]:
+def _stop_on_signals(controller: Controller, console: RunConsole) -> Generator[None]:
     """First Ctrl-C (or SIGTERM): finish the step, checkpoint, stop. Second: give up at once."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()

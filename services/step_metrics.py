@@ -28,7 +28,7 @@ def step_metrics(
     metrics |= {f"busy/{phase}_s": value for phase, value in busy.items()}
     metrics |= {f"time/{phase}_s": value for phase, value in phases.items()}
     metrics["time/step_s"] = seconds
-    accounted = sum(value for phase, value in phases.items())
+    accounted = sum(phases.values())
     metrics["time/other_s"] = max(0.0, seconds - accounted)
     num_samples = sum(group.group_size for group in groups)
     metrics["throughput/samples_per_s"] = num_samples / max(seconds - phases.get("evaluate", 0.0), 1e-9)

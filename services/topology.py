@@ -128,7 +128,7 @@ def _create_workers(config: RunConfig) -> tuple[list[ActorHandle], list[ActorHan
 
     from services.worker_actor import ColocatedWorker, LearnerWorker, RolloutWorker, Worker
 
-    def create(kind: type[Worker], rank: int | None, num_gpus: float) -> ActorHandle:
+    def create(kind: type[Worker], rank: int | None, num_gpus: float) -> Any:
         # A lost rollout actor comes back by itself; a lost rank would come back without its optimiser.
         restarts = -1 if rank is None else 0
         actor = ray.remote(kind).options(num_cpus=1, num_gpus=num_gpus, max_restarts=restarts)
@@ -146,7 +146,8 @@ def _create_workers(config: RunConfig) -> tuple[list[ActorHandle], list[ActorHan
 
 async def _join_ranks(ranks: list[ActorHandle]) -> None:
     """Rank 0 names a free port on its node, and all ranks meet there."""
-    address = await ranks[0].free_address.remote()
+    asked: Any = ranks[0].free_address.remote()
+    address = await asked
     await asyncio.gather(*(rank.join_ranks.remote(f"tcp://{address}") for rank in ranks))
 
 

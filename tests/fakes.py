@@ -33,9 +33,9 @@ from rollout.prompts import GroupTask
 class TwoNumberPolicy:
     """A DenoisingPolicy: velocity = scale * state + shift * (length of the prompt); pictures are its signs."""
 
-    schedule_shift = 1.0
-    latent_shape = (1, 2, 3)
-    device = torch.device("cpu")
+    schedule_shift: float = 1.0
+    latent_shape: tuple[int, int, int] = (1, 2, 3)
+    device: torch.device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.scale = torch.nn.Parameter(torch.tensor([0.5]))

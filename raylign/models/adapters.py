@@ -48,7 +48,7 @@ def attach_lora(network: nn.Module, settings: LoraSettings, targets: tuple[str, 
     network.requires_grad_(False)
     config = peft.LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank, so a float is fine
         target_modules=list(targets),
         init_lora_weights="gaussian",
     )
@@ -72,7 +72,7 @@ def fold_lora(
         if not name.endswith(_DOWN):
             continue
         module_name = name.removesuffix(_DOWN)
-        weight = network.get_submodule(module_name).weight
+        weight = _weight(network.get_submodule(module_name))
         base = pristine.setdefault(module_name, weight.detach().clone())
         up = tensors[module_name + _UP]
         delta = scale * (up.to(weight.device).float() @ down.to(weight.device).float())
@@ -84,7 +84,14 @@ def lora_shapes(network: nn.Module, settings: LoraSettings, targets: tuple[str, 
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in network.named_modules():
         if any(name == target or name.endswith(f".{target}") for target in targets):
-            out_features, in_features = module.weight.shape
+            out_features, in_features = _weight(module).shape
             shapes[name + _DOWN] = (settings.rank, int(in_features))
             shapes[name + _UP] = (int(out_features), settings.rank)
     return shapes
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    weight = module.weight
+    if not isinstance(weight, torch.Tensor):
+        raise ModelError(f"LoRA target {type(module).__name__} has no weight matrix; target linear layers only")
+    return weight

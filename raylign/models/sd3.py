@@ -26,7 +26,6 @@ from raylign.weights import WeightSnapshot, make_snapshot, verify_snapshot
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
-    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
 PIPELINE = "StableDiffusion3Pipeline"
 _COMPONENTS = ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -64,6 +63,7 @@ class Sd3Config(Config):
 class Sd3Policy:
     """A DenoisingPolicy over diffusers modules. In a learner, text encoders and VAE are absent.
 
+    diffusers' modules and their configurations are typed as Any: their stubs know neither `config.x` nor calls.
     An adapter is either attached (PEFT computes W x + s B A x, as the learner does) or, with `fold`, added into
     plain weights on load: faster, and equal only up to rounding.
     """
@@ -71,8 +71,8 @@ class Sd3Policy:
     def __init__(
         self,
         config: Sd3Config,
-        transformer: SD3Transformer2DModel,
-        pipeline: StableDiffusion3Pipeline | None,
+        transformer: Any,
+        pipeline: Any | None,
         vae_config: dict[str, Any],
         schedule_shift: float,
         fold: bool,
@@ -153,7 +153,7 @@ class Sd3Policy:
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
 
-    def _need_pipeline(self, action: str) -> StableDiffusion3Pipeline:
+    def _need_pipeline(self, action: str) -> Any:
         if self._pipeline is None:
             raise ModelError(f"a learner's policy cannot {action}: it holds the transformer only; load role='rollout'")
         return self._pipeline
@@ -171,7 +171,7 @@ def load_sd3(
     folder = resolve(config.path)
     check_pipeline_folder(folder)
     pipeline = load_pipeline(folder, precision).to(device) if role == "rollout" else None
-    transformer = pipeline.transformer if pipeline is not None else _load_transformer(folder).to(device)
+    transformer: Any = pipeline.transformer if pipeline is not None else _load_transformer(folder).to(device)
     transformer.eval()
     if config.tuning == "full":
         transformer.requires_grad_(True)
@@ -196,9 +196,7 @@ def load_pipeline(folder: Path, precision: Precision = "fp32") -> StableDiffusio
     from diffusers import StableDiffusion3Pipeline
 
     try:
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
-            str(folder), dtype=DTYPES[precision], local_files_only=True
-        )
+        pipeline = StableDiffusion3Pipeline.from_pretrained(str(folder), dtype=DTYPES[precision], local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder} does not load as a {PIPELINE}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -224,7 +222,7 @@ def check_pipeline_folder(folder: Path) -> None:
         raise ModelError(f"{folder}/transformer is a {found}, not an SD3Transformer2DModel")
 
 
-def _load_transformer(folder: Path) -> SD3Transformer2DModel:
+def _load_transformer(folder: Path) -> Any:
     _quiet()
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 

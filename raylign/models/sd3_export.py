@@ -42,7 +42,9 @@ def _save_adapter(config: Sd3Config, tensors: Mapping[str, torch.Tensor], direct
     """A LoRA file in diffusers' layout. Its metadata carry rank and alpha, so that the scale survives."""
     from diffusers import StableDiffusion3Pipeline
 
-    layers = {name.replace(".default.weight", ".weight"): tensor for name, tensor in tensors.items()}
+    layers: dict[str, torch.nn.Module | torch.Tensor] = {
+        name.replace(".default.weight", ".weight"): tensor for name, tensor in tensors.items()
+    }
     metadata = {
         "r": config.lora.rank,
         "lora_alpha": config.lora.alpha,

@@ -13,7 +13,7 @@ from raylign.samplers import make_sampler
 from raylign.samplers.euler_ode import EulerOdeConfig
 from raylign.samplers.flow_sde import FlowSdeConfig
 from raylign.types import Needs, Prompt, RolloutStatus
-from rollout.engine import ChunkRequest, RolloutEngine, SamplerSetup, chunk_requests, join_parts
+from rollout.engine import ChunkRequest, RolloutEngine, SamplerSetup, Slot, chunk_requests, join_parts
 from rollout.prompts import GroupTask
 from tests.fakes import TwoNumberPolicy
 
@@ -22,15 +22,15 @@ ONE, TWO = GroupTask(Prompt("1", "one"), 0, 0), GroupTask(Prompt("2", "number tw
 
 def _engine(run_seed: int = 0, guidance_scale: float = 1.0) -> RolloutEngine:
     policy = TwoNumberPolicy()
-    setups = {
+    setups: dict[Slot, SamplerSetup] = {
         "rollout": SamplerSetup(
             make_sampler(FlowSdeConfig(num_steps=4), 1.0), guidance_scale, Needs.STEPS | Needs.LOGPROBS
         ),
         "eval": SamplerSetup(make_sampler(EulerOdeConfig(num_steps=3), 1.0), 1.0, Needs.FINAL),
     }
     engine = RolloutEngine(policy, setups, run_seed)
-    for slot in ("rollout", "eval"):
-        engine.pull(policy.export_weights(7), slot)
+    engine.pull(policy.export_weights(7), "rollout")
+    engine.pull(policy.export_weights(7), "eval")
     return engine
 
 
