@@ -247,6 +247,7 @@ def run_reward_server(config: RewardServerConfig, on_ready: Callable[[str], None
     def request_stop(signum: int, frame: FrameType | None) -> None:
         stop.set()
 
+    joined = ray.is_initialized()
     # Before anything is started: a signal during the start ends the service as soon as it is up.
     before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -257,7 +258,8 @@ def run_reward_server(config: RewardServerConfig, on_ready: Callable[[str], None
                     on_ready(service.address)
                 stop.wait()
             finally:
-                service.shutdown()
+                if joined:  # a cluster of our own goes away as a whole
+                    service.shutdown()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
