@@ -143,13 +143,31 @@ def test_a_run_directory_in_use_is_refused(tmp_path: Path) -> None:
         cli.end(process)
 
 
-def test_a_cluster_that_is_too_small_says_what_is_missing(tmp_path: Path) -> None:
+def test_an_asynchronous_run_trains_on_samples_of_the_allowed_age(tmp_path: Path) -> None:
+    config = cli.write_config(tmp_path)
+    code, output = cli.run(["train", str(config), "--run-dir", "run", "--max_staleness", "1"], tmp_path)
+    assert code == 0, output
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
+    assert max(row["staleness/max"] for row in rows[1:]) == 1
+
+
+def test_a_cluster_is_joined_if_it_can_hold_the_run_and_goes_on_afterwards(
+    reference: tuple[Path, Path], tmp_path: Path
+) -> None:
+    import ray
+
     from services.process import local_cluster
 
-    config = cli.write_config(tmp_path)
-    with local_cluster(1, tmp_path) as cluster:
+    config, expected = reference
+    with local_cluster(4, tmp_path) as cluster:
         token = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH") if name in os.environ}
         arguments = ["train", str(config), "--run-dir", "run", "--address", cluster.address]
-        code, output = cli.run(arguments, tmp_path, token, timeout_s=60)
-    assert code == 1
-    assert "3.5 CPUs and the Ray cluster has 1: 2.5 missing" in output
+        code, output = cli.run([*arguments, "--rollout.num_actors", "5"], tmp_path, token, timeout_s=60)
+        assert code == 1
+        assert "6.5 CPUs and the Ray cluster has 4: 2.5 missing" in output
+        arguments[3] = "run2"
+        code, output = cli.run(arguments, tmp_path, token)
+        assert code == 0, output
+        assert ray.cluster_resources()["CPU"] == 4
+    assert cli.summary(tmp_path / "run2")["weights_sha256"] == cli.summary(expected)["weights_sha256"]
