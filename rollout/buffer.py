@@ -53,8 +53,3 @@ class TicketBuffer(Generic[GroupT]):
         async with self._changed:
             self._free += count
             self._changed.notify_all()
-
-    @property
-    def num_ready(self) -> int:
-        """Groups handed in and not yet taken."""
-        return len(self._ready)

@@ -38,7 +38,7 @@ def train(
 
     Ctrl-C stops after the step in progress, with a checkpoint; again, at once.
     """
-    overrides = parse_overrides(context.args)
+    config, overrides = split_config(config, "quickstart_image", context.args)
     from services.config import load_run_config
     from services.run import train_run
 
@@ -78,8 +78,8 @@ def evaluate(
     """Score the held-out prompts with the deterministic (ODE) and the stochastic (SDE) sampler."""
     from services.evaluate import evaluate_target
 
-    overrides = parse_overrides(context.args)
-    evaluate_target(target, config, overrides, pictures)
+    name, overrides = split_config(config or "", "", context.args)
+    evaluate_target(target, name or None, overrides, pictures)
 
 
 @app.command()
@@ -124,6 +124,13 @@ def doctor() -> None:
     from services.doctor import diagnose, print_checks
 
     raise typer.Exit(print_checks(diagnose()))
+
+
+def split_config(config: str, default: str, arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """The configuration's name and the overrides, also where overrides follow the command with no name before."""
+    if config.startswith("--"):
+        return default, parse_overrides([config, *arguments])
+    return config, parse_overrides(arguments)
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ Reading it loads torch (algorithms sit beside their configurations) but neither 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -99,6 +100,8 @@ class RunConfig(Config):
     """Prompts per step (P)."""
     max_failed_fraction: float = Field(default=0.25, ge=0, lt=1)
     """Stop, after a checkpoint, when more than this share of a step's samples has no reward."""
+    start_timeout_s: float = Field(default=600.0, gt=0)
+    """How long actors may take to start and load the model, on a cluster that others use too."""
     max_refused_steps: int = Field(default=3, ge=1)
     """Stop, after a checkpoint, after this many refused (not finite) updates in a row."""
     model: ModelConfig = Sd3Config()
@@ -180,7 +183,7 @@ class RunConfig(Config):
             )
         if Needs.LOGPROBS in self.algorithm.needs:
             # Their work is cut by whole rollout chunks, so that a micro-batch is what was sampled together.
-            chunks = samples // self.micro_batch_size
+            chunks = math.ceil(samples / self.micro_batch_size)
             if chunks % shares:
                 raise ValueError(
                     f"algorithm {self.algorithm.type!r} trains whole chunks, and {chunks} chunk(s) of "

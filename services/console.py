@@ -276,7 +276,7 @@ class RunConsole:
 
 def headline_means(means: Mapping[str, float]) -> dict[str, float]:
     """The held-out means worth a line: each reward and its details, diversity, and the mix if rewards are mixed."""
-    shown = {name: value for name, value in means.items() if name != "std_within_group"}
+    shown = {name: value for name, value in means.items() if name != "std_within_group" and (name != "failed" or value)}
     rewards = [name for name in shown if "/" not in name and name not in ("mean", "diversity")]
     if len(rewards) == 1:
         shown.pop("mean", None)

@@ -19,22 +19,15 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from raylign.errors import NumericsError, RewardError, StalenessError
-from raylign.types import (
-    RewardBreakdown,
-    RewardFailure,
-    RewardSample,
-    RolloutGroup,
-    RolloutStatus,
-    StepResult,
-    WeightVersion,
-)
+from raylign.errors import CheckpointError, NumericsError, RaylignError, RewardError, StalenessError
+from raylign.types import RolloutGroup, StepResult, WeightVersion
 from rollout.buffer import TicketBuffer
 from rollout.engine import ChunkRequest, chunk_requests, join_parts
 from rollout.prompts import GroupTask, PromptStream
 from services.config import RunConfig
 from services.parity import parity_gap
 from services.roles import Fleet, LearnerRole, Scorer
+from services.scoring import score_groups
 from services.step_metrics import failed_samples, over_updates, step_metrics
 
 
@@ -85,6 +78,7 @@ class Controller:
         self._timeline = Timeline()
         self._spawned: set[asyncio.Task[None]] = set()
         self._refused = 0
+        self._mid_step = False
         self._parity: dict[str, float] = {}
         self.stop = asyncio.Event()
         self.step = 0
@@ -109,9 +103,12 @@ class Controller:
                 await self._learn(start_step)
                 for task in self._spawned:
                     task.cancel()
-        except* (RewardError, NumericsError):
-            # The cause stops the run, after its checkpoint.
-            await self._save(self.step)
+        except* RaylignError as causes:
+            # The cause stops the run, after its checkpoint: unless writing it is the cause, or weights moved halfway.
+            if self._mid_step:
+                causes.exceptions[0].add_note(f"step {self.step + 1} was half done, so no checkpoint was written for it")
+            elif causes.subgroup(CheckpointError) is None:
+                await self._save(self.step)
             raise
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -127,8 +124,9 @@ class Controller:
         chunk = max(samples, self._config.chunk_size // samples * samples)
         snapshot = await self._learner.publish(step, "current")
         await self._fleet.pull(snapshot, "eval")
-        requests = chunk_requests(self._heldout, samples, chunk, "eval")
-        self._observer.evaluated(step, await self._make_groups(requests))
+        groups = await self._make_groups(chunk_requests(self._heldout, samples, chunk, "eval"))
+        self._check_failures(groups, f"evaluation at step {step}")
+        self._observer.evaluated(step, groups)
 
     async def _produce(self, start_step: int) -> None:
         config = self._config
@@ -149,34 +147,13 @@ class Controller:
         async def drawn_and_scored(parts: Sequence[ChunkRequest]) -> list[RolloutGroup]:
             chunks = await asyncio.gather(*(self._fleet.generate(request) for request in parts))
             joined = [join_parts([chunk[place] for chunk in chunks]) for place in range(len(chunks[0]))]
-            return await self._score(joined)
+            return await score_groups(self._scorer, joined)
 
         whole: dict[int, list[ChunkRequest]] = {}
         for request in requests:
             whole.setdefault(request.tasks[0].sequence, []).append(request)
         groups = await asyncio.gather(*(drawn_and_scored(parts) for parts in whole.values()))
         return [group for some in groups for group in some]
-
-    async def _score(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-        """Rewards for every sample that was drawn; a sample that was not has an error in place of a reward."""
-        samples = [
-            RewardSample(
-                id=f"{group.prompt.id}/{group.visit}/{rollout.key.sample_index}",
-                prompt=group.prompt,
-                image_HWC=None if group.images_GHWC is None else group.images_GHWC[place],
-            )
-            for group in groups
-            for place, rollout in enumerate(group.rollouts)
-            if rollout.status is RolloutStatus.OK
-        ]
-        started_s = time.perf_counter()
-        scores = iter(await self._scorer.score(samples))
-        share = (time.perf_counter() - started_s) / len(groups)
-        scored: list[RolloutGroup] = []
-        for group in groups:
-            rewards = [next(scores) if r.status is RolloutStatus.OK else _not_drawn() for r in group.rollouts]
-            scored.append(group.with_rewards(rewards, share))
-        return scored
 
     async def _learn(self, start_step: int) -> None:
         config = self._config
@@ -188,12 +165,11 @@ class Controller:
                 break
             self._timeline.add("rollout", time.perf_counter() - started_s)
             check_age(groups, step - 1, config.max_staleness)
-            self._check_failures(groups, step)
+            self._check_failures(groups, f"step {step}")
             metrics = await self._train(groups, step, hand_off)
             hand_off = self._spawn(self._hand_off(step), f"hand-off of version {step}")
             if config.max_staleness == 0:
                 await hand_off
-            self.step = step
             self._log(step, metrics, groups, time.perf_counter() - started_s)
             if step % config.checkpoint.every_steps == 0 and step < config.num_steps:
                 await hand_off
@@ -228,11 +204,14 @@ class Controller:
                 await self._learner.forward_backward(update)
             if hand_off is not None:
                 await hand_off
+            self._mid_step = True
             with _timed(self._timeline, "train"):
                 results.append(await self._learner.optimise(update))
         metrics |= over_updates(results)
+        self._mid_step = any(result.finite for result in results)
         self._count_refused(results, step, metrics)
         metrics |= await self._learner.end_step(step)
+        self.step, self._mid_step = step, False
         return metrics
 
     def _count_refused(self, results: Sequence[StepResult], step: int, metrics: dict[str, float]) -> None:
@@ -245,12 +224,12 @@ class Controller:
                 "refused; the weights are the last good ones. Lower learner.lr or learner.grad_clip, then resume"
             )
 
-    def _check_failures(self, groups: Sequence[RolloutGroup], step: int) -> None:
+    def _check_failures(self, groups: Sequence[RolloutGroup], where: str) -> None:
         failed, cause = failed_samples(groups)
         total = sum(group.group_size for group in groups)
         if failed > self._config.max_failed_fraction * total:
             raise RewardError(
-                f"step {step}: {failed} of {total} samples have no reward, more than max_failed_fraction = "
+                f"{where}: {failed} of {total} samples have no reward, more than max_failed_fraction = "
                 f"{self._config.max_failed_fraction}; the first cause: {cause}. Mend the reward, then `raylign resume`"
             )
 
@@ -268,11 +247,12 @@ class Controller:
             await self._fleet.pull(snapshot, "rollout")
 
     async def _check_parity(self, version: WeightVersion) -> None:
-        """The parity gate: an actor and the learner predict alike, or the run stops before it trains on the gap."""
+        """The parity gate: every actor and the learner predict alike, or the run stops before it trains on the gap."""
         with _timed(self._timeline, "parity"):
-            probe = await self._fleet.probe(self._prompts.prompts[0].text)
-            gap = parity_gap(probe, await self._learner.velocity(probe), self._config.parity_tolerance)
-        self._parity = {"parity/velocity_gap": gap}
+            probes = await self._fleet.probe_all(self._prompts.prompts[0].text)
+            velocity = await self._learner.velocity(probes[0])
+            gaps = [parity_gap(probe, velocity, self._config.parity_tolerance) for probe in probes]
+        self._parity = {"parity/velocity_gap": max(gaps)}
 
     async def _evaluate_if_due(self, version: WeightVersion) -> None:
         last = version == self._config.num_steps
@@ -295,11 +275,6 @@ def check_age(groups: Sequence[RolloutGroup], newest: WeightVersion, max_stalene
                 f"group {group.sequence} of prompt {group.prompt.id!r} is {age} versions old, max_staleness is "
                 f"{max_staleness}; this is a bug in the buffer, please report it"
             )
-
-
-def _not_drawn() -> RewardBreakdown:
-    failure = RewardFailure("invalid_input", "the sampler's final state is not finite, so there is nothing to score")
-    return RewardBreakdown(None, (), failure)
 
 
 class _timed:

@@ -8,28 +8,31 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from learner.checkpoint import latest_checkpoint, read_manifest
 from raylign.assets import resolve
+from raylign.config import load_config
 from raylign.errors import ConfigError
 from raylign.models import load_policy
 from raylign.samplers import make_sampler
 from raylign.samplers.euler_ode import EulerOdeConfig
 from raylign.samplers.flow_sde import FlowSdeConfig
-from raylign.types import Needs, RewardSample, RolloutGroup
+from raylign.types import Needs, RolloutGroup
 from raylign.weights import WeightSnapshot, make_snapshot
 from rewards import RewardMix, make_mix
 from rollout.engine import RolloutEngine, SamplerSetup, Slot, chunk_requests
 from rollout.prompts import GroupTask, load_prompts
 from services.assembly import adapter_seed
-from services.config import RunConfig, load_run_config, read_resolved_config
+from services.config import RunConfig, load_run_config
 from services.export import trained_tensors
 from services.pictures import Caption, grid, save_png
 from services.run_dir import RunDir
-from services.step_metrics import diversity, reward_metrics
+from services.scoring import score_groups
+from services.step_metrics import eval_metrics
 
 _SLOTS: tuple[tuple[str, Slot], ...] = (("ode", "eval"), ("sde", "rollout"))
 
@@ -45,7 +48,7 @@ def evaluate_target(
     if config_name is not None or not is_run:
         config = load_run_config(config_name or "quickstart_image", overrides)
     else:
-        config = read_resolved_config(target / "config.toml")
+        config = load_config(RunConfig, target / "config.toml", overrides)
     if config.prompts.heldout is None:
         raise ConfigError("evaluate needs held-out prompts; set prompts.heldout in the configuration")
     snapshot = None
@@ -63,13 +66,17 @@ def evaluate_target(
 
 
 def _evaluate(config: RunConfig, snapshot: WeightSnapshot | None, pictures: Path | None) -> dict[str, dict[str, float]]:
+    torch.set_num_threads(config.rollout.num_threads)
     policy = load_policy(config.model, "rollout", seed=adapter_seed(config))
     num_steps, scale = config.eval.num_steps or config.sampler.num_steps, config.eval.guidance_scale
     shift = config.sampler.shift
     noise_level = (config.sampler if isinstance(config.sampler, FlowSdeConfig) else FlowSdeConfig()).noise_level
     samplers: dict[Slot, EulerOdeConfig | FlowSdeConfig] = {
         "eval": EulerOdeConfig(num_steps=num_steps, guidance_scale=scale, shift=shift),
-        "rollout": FlowSdeConfig(num_steps=num_steps, guidance_scale=scale, shift=shift, noise_level=noise_level),
+        # An SDE has at least one step before the last.
+        "rollout": FlowSdeConfig(
+            num_steps=max(2, num_steps), guidance_scale=scale, shift=shift, noise_level=noise_level
+        ),
     }
     setups: dict[Slot, SamplerSetup] = {
         slot: SamplerSetup(make_sampler(sampler, policy.schedule_shift), scale, Needs.FINAL)
@@ -84,10 +91,7 @@ def _evaluate(config: RunConfig, snapshot: WeightSnapshot | None, pictures: Path
     for name, slot in _SLOTS:
         engine.pull(weights, slot)
         groups = asyncio.run(_score_all(engine, scorer, tasks, config.eval.samples_per_prompt, slot, name))
-        results[name] = {key.removeprefix("eval/"): value for key, value in reward_metrics(groups, "eval").items()}
-        spread = diversity(groups)
-        if spread is not None:
-            results[name]["diversity"] = spread
+        results[name] = {key.removeprefix("eval/"): value for key, value in eval_metrics(groups).items()}
         if pictures is not None:
             _save_pictures(pictures.with_stem(f"{pictures.stem}_{name}"), groups)
     return results
@@ -99,12 +103,7 @@ async def _score_all(
     groups: list[RolloutGroup] = []
     for request in track(chunk_requests(tasks, samples, samples * 4, slot), description=f"{name} sampler"):
         for group in engine.generate(request):
-            images = group.images_GHWC
-            assert images is not None, "the engine always decodes"
-            batch = [
-                RewardSample(f"{group.prompt.id}/{place}", group.prompt, image) for place, image in enumerate(images)
-            ]
-            groups.append(group.with_rewards(await scorer.score(batch)))
+            groups += await score_groups(scorer, [group])
     return groups
 
 

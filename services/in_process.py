@@ -25,8 +25,8 @@ class LocalFleet:
     async def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
         return self._engine.generate(request)
 
-    async def probe(self, text: str) -> Probe:
-        return self._engine.probe(text)
+    async def probe_all(self, text: str) -> list[Probe]:
+        return [self._engine.probe(text)]
 
     async def pull(self, snapshot: WeightSnapshot, slot: Slot) -> None:
         self._engine.pull(snapshot, slot)

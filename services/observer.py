@@ -12,7 +12,7 @@ from raylign.types import Rollout, RolloutGroup
 from services.console import RunConsole, headline_means
 from services.pictures import BeforeAfterRow, Caption, before_after, grid, save_png
 from services.run_dir import RunDir
-from services.step_metrics import diversity, reward_metrics
+from services.step_metrics import eval_metrics
 
 # Enough prompts to judge by, few enough to take in at a glance; the file's first ones, not chosen ones.
 _SHOWN_PROMPTS = 8
@@ -41,10 +41,7 @@ class RunObserver:
         self._console.step(step, everything)
 
     def evaluated(self, step: int, groups: Sequence[RolloutGroup]) -> None:
-        metrics = reward_metrics(groups, "eval")
-        spread = diversity(groups)
-        if spread is not None:
-            metrics["eval/diversity"] = spread
+        metrics = eval_metrics(groups)
         self.last_eval = {name.removeprefix("eval/"): value for name, value in metrics.items()}
         self.first_eval = self.first_eval or self.last_eval
         self._sinks.log(step, {**metrics, "time/since_start_s": self.seconds})

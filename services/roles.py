@@ -26,8 +26,8 @@ class Fleet(Protocol):
         """Draw one chunk on any worker."""
         ...
 
-    async def probe(self, text: str) -> Probe:
-        """What one worker's rollout policy predicts at keyed states, for the parity gate."""
+    async def probe_all(self, text: str) -> list[Probe]:
+        """What each worker's rollout policy predicts at the same keyed states, for the parity gate."""
         ...
 
     async def pull(self, snapshot: SnapshotHandle, slot: Slot) -> None:

@@ -8,16 +8,15 @@ import math
 import os
 import signal
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from learner.checkpoint import CheckpointManifest, latest_checkpoint, prune_checkpoints, read_manifest
-from raylign.assets import resolve
+from raylign.assets import PREFIX, resolve
 from raylign.errors import CheckpointError, ConfigError, RaylignError
-from raylign.metrics import make_sinks
+from raylign.metrics import MetricsRow, make_sinks, read_metrics
 from raylign.models import check_model
 from raylign.types import Prompt
 from rewards import make_mix
@@ -39,6 +38,8 @@ class _Inputs:
 
     prompts: list[Prompt]
     heldout: list[GroupTask]
+    sha256: str
+    """Identity of what was read, for exact resumption."""
 
 
 @dataclass(slots=True)
@@ -50,17 +51,20 @@ class _Run:
     console: RunConsole
     inputs: _Inputs
     resumed: CheckpointManifest | None
-    earlier: dict[str, Any] = field(default_factory=dict[str, Any])
-    """The summary of the part before a resumption."""
     status: str = "failed"
 
 
 def train_run(config: RunConfig, config_name: str, run_dir: Path | None, address: str | None) -> int:
     """Run a configuration in a new directory; returns the exit code. Raises RaylignError for bad input."""
-    tasks = _read_inputs(config)
+    config = _with_absolute_paths(config)
+    inputs = _read_inputs(config)
     with RunDir.create(run_dir, config_name) as folder:
         folder.write_config(config)
-        return _go(config, folder, tasks, None, address)
+        code = _go(config, folder, inputs, None, address)
+        if code == EXIT_FAILED and not folder.metrics.exists():
+            # Nothing was trained, so the folder is no run: the same command may be given again.
+            folder.config.unlink()
+        return code
 
 
 def resume_run(path: Path, address: str | None) -> int:
@@ -79,7 +83,13 @@ def resume_run(path: Path, address: str | None) -> int:
         if manifest.step >= config.num_steps:
             RunConsole().note(f"{path} is finished: step {manifest.step} of {config.num_steps}; nothing to do")
             return EXIT_OK
-        return _go(config, folder, _read_inputs(config), manifest, address)
+        inputs = _read_inputs(config)
+        if manifest.record.get("inputs_sha256") != inputs.sha256:
+            raise CheckpointError(
+                "the prompt files or the model directory changed since the run began, so it cannot go on exactly; put "
+                "them back, or start a new run"
+            )
+        return _go(config, folder, inputs, manifest, address)
 
 
 def config_sha256(config: RunConfig) -> str:
@@ -92,7 +102,7 @@ def _go(
 ) -> int:
     started_s = time.monotonic()
     with RunConsole() as console:
-        run = _Run(config, folder, console, inputs, resumed, folder.read_summary() if resumed else {})
+        run = _Run(config, folder, console, inputs, resumed)
         try:
             with _cluster(config, folder.path, address, console):
                 asyncio.run(_drive(run, started_s, own_cluster=address is None))
@@ -125,7 +135,34 @@ def _read_inputs(config: RunConfig) -> _Inputs:
     rewards = make_mix(config.rewards)
     for prompt in (*prompts, *heldout):
         rewards.check(prompt)
-    return _Inputs(prompts, [GroupTask(prompt, -1, place) for place, prompt in enumerate(heldout)])
+    tasks = [GroupTask(prompt, -1, place) for place, prompt in enumerate(heldout)]
+    return _Inputs(prompts, tasks, _inputs_sha256(config))
+
+
+def _inputs_sha256(config: RunConfig) -> str:
+    """Identity of the prompt files (contents) and of the model directory (names and sizes: contents are many GB)."""
+    digest = hashlib.sha256()
+    for name in (config.prompts.train, config.prompts.heldout):
+        digest.update(b"" if name is None else resolve(name).read_bytes())
+    model = resolve(config.model.path)
+    for path in sorted(path for path in model.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(model)} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The user's paths mean the same in workers and on resumption, whatever their working directory."""
+
+    def absolute(path: str | None) -> str | None:
+        return path if path is None or path.startswith(PREFIX) else str(Path(path).expanduser().resolve())
+
+    prompts = {name: absolute(value) for name, value in config.prompts.model_dump().items()}
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
+            "prompts": config.prompts.model_copy(update=prompts),
+        }
+    )
 
 
 @contextmanager
@@ -164,16 +201,24 @@ async def _train(run: _Run, topology: Topology, started_s: float) -> None:
     start_step = resumed.step if resumed is not None else 0
     if resumed is not None:
         with run.console.phase(f"checkpoint of step {start_step}"):
-            await topology.learner.load(resumed.path)
+            await topology.learner.load(resumed.path.resolve())
     sinks = make_sinks(_SINKS, folder.path, start_step if resumed is not None else None)
-    observer = RunObserver(folder, sinks, run.console, float(run.earlier.get("total_s", 0.0)))
-    observer.first_eval = dict(run.earlier.get("eval_initial", {}))
+    earlier = read_metrics(folder.metrics)
+    seconds_before = float(earlier[-1]["time/since_start_s"] or 0.0) if earlier else 0.0
+    observer = RunObserver(folder, sinks, run.console, seconds_before)
+    observer.first_eval = _first_eval(earlier)
+    record = {"config_sha256": config_sha256(config), "inputs_sha256": run.inputs.sha256}
 
     async def save(step: int) -> None:
-        path = folder.checkpoints / f"step_{step}"
+        path = (folder.checkpoints / f"step_{step}").resolve()
         if path.exists():
             return
-        await topology.learner.save(path, {"step": step, "config_sha256": config_sha256(config)})
+        await topology.learner.save(path, {"step": step, **record})
+        if not path.exists():
+            raise CheckpointError(
+                f"the learner wrote its checkpoint, but {path} is not there for this process: the run directory must "
+                "lie on a file system that the cluster shares; choose another --run-dir"
+            )
         prune_checkpoints(folder.checkpoints, config.checkpoint.keep)
 
     controller = Controller(
@@ -202,11 +247,21 @@ async def _train(run: _Run, topology: Topology, started_s: float) -> None:
                 "weights_sha256": await topology.learner.weights_sha256() if run.status != "failed" else "",
                 "eval_initial": observer.first_eval,
                 "eval_final": observer.last_eval,
-                "train_s": time.monotonic() - train_started_s + float(run.earlier.get("train_s", 0.0)),
-                "total_s": time.monotonic() - started_s + float(run.earlier.get("total_s", 0.0)),
+                "train_s": time.monotonic() - train_started_s + seconds_before,
+                "total_s": time.monotonic() - started_s + seconds_before,
                 "peak_memory_bytes": await topology.peak_memory_bytes() if run.status != "failed" else {},
             }
         )
+
+
+def _first_eval(rows: Sequence[MetricsRow]) -> dict[str, float]:
+    """The first evaluation among the rows of a run that is resumed; {} if there is none."""
+    prefix = "eval/"
+    for row in rows:
+        means = {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix) and v is not None}
+        if means:
+            return means
+    return {}
 
 
 @contextmanager

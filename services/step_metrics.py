@@ -71,6 +71,16 @@ def reward_metrics(groups: Sequence[RolloutGroup], prefix: str) -> dict[str, flo
     return metrics
 
 
+def eval_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """A held-out evaluation: reward means, how many samples have none ("failed"), and diversity."""
+    metrics = reward_metrics(groups, "eval")
+    metrics["eval/failed"] = float(failed_samples(groups)[0])
+    spread = diversity(groups)
+    if spread is not None:
+        metrics["eval/diversity"] = spread
+    return metrics
+
+
 def valid_totals(group: RolloutGroup) -> list[float]:
     """The mixed rewards of the siblings that have one."""
     return [rollout.total for rollout in group.rollouts if rollout.total is not None]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import resource
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from rewards import make_mix
 from services.assembly import build_engine, build_learner
 from services.config import RunConfig
 from services.in_process import LocalFleet, LocalLearner
+from services.ray_errors import answer
 from services.roles import Fleet, LearnerRole, Scorer
 
 if TYPE_CHECKING:
@@ -103,23 +105,44 @@ async def _build_on_ray(config: RunConfig, phase: Phase, own_cluster: bool) -> T
         from services.fleet import RayFleet
         from services.ray_learner import RayLearner
         from services.reward_app import RewardService
-    with phase("reward service"):
-        service = RewardService.start(config.rewards, config.reward_service)
-    with phase("learner"):
-        await _join_ranks(rank_workers)
-    with phase("rollout actors"):
-        await asyncio.gather(*(worker.ping.remote() for worker in rollout_workers))
     names = {worker: f"rollout_{place}" for place, worker in enumerate(rollout_workers)}
     names |= {worker: f"learner_{place}" for place, worker in enumerate(rank_workers)}
     workers = tuple(names)
-    return Topology(
-        RayFleet(rollout_workers),
-        service,
-        RayLearner(rank_workers),
-        workers,
-        tuple(names.values()),
-        () if own_cluster else (service.shutdown, lambda: _kill(workers)),
-    )
+    stop: list[Callable[[], None]] = [] if own_cluster else [lambda: _kill(workers)]
+    try:
+        with phase("reward service"):
+            # Runs that share a cluster must not share, replace or delete each other's rewards.
+            service = RewardService.start(config.rewards, config.reward_service, name=f"raylign-{uuid.uuid4().hex[:8]}")
+            if not own_cluster:
+                stop.append(service.shutdown)
+        async with _start_timeout(config.start_timeout_s):
+            with phase("learner"):
+                await _join_ranks(rank_workers)
+            with phase("rollout actors"):
+                await asyncio.gather(*(answer(worker.ping.remote()) for worker in rollout_workers))
+    except BaseException:
+        for stop_one in stop:
+            stop_one()
+        raise
+    fleet, learner = RayFleet(rollout_workers), RayLearner(rank_workers)
+    return Topology(fleet, service, learner, workers, tuple(names.values()), tuple(stop))
+
+
+@asynccontextmanager
+async def _start_timeout(seconds: float) -> AsyncGenerator[None]:
+    """Raise ClusterError, saying what is free, when workers do not come up in time."""
+    import ray
+
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        free = ray.available_resources()
+        raise ClusterError(
+            f"workers did not start within start_timeout_s = {seconds:g} s; the cluster has "
+            f"{free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs free. Wait for other jobs, add nodes, or "
+            "raise start_timeout_s if the model is slow to load"
+        ) from None
 
 
 def _create_workers(config: RunConfig) -> tuple[list[ActorHandle], list[ActorHandle]]:
@@ -146,9 +169,8 @@ def _create_workers(config: RunConfig) -> tuple[list[ActorHandle], list[ActorHan
 
 async def _join_ranks(ranks: list[ActorHandle]) -> None:
     """Rank 0 names a free port on its node, and all ranks meet there."""
-    asked: Any = ranks[0].free_address.remote()
-    address = await asked
-    await asyncio.gather(*(rank.join_ranks.remote(f"tcp://{address}") for rank in ranks))
+    address = await answer(ranks[0].free_address.remote())
+    await asyncio.gather(*(answer(rank.join_ranks.remote(f"tcp://{address}")) for rank in ranks))
 
 
 def _kill(workers: tuple[ActorHandle, ...]) -> None:

@@ -112,9 +112,9 @@ class FakeFleet:
         if slot == "rollout":
             self.version = snapshot
 
-    async def probe(self, text: str) -> Probe:
+    async def probe_all(self, text: str) -> list[Probe]:
         ones = torch.ones(1, 1, 1, 1)
-        return Probe(self.version, ones, torch.ones(1), Conditioning(ones[0], ones[0, 0]), ones)
+        return [Probe(self.version, ones, torch.ones(1), Conditioning(ones[0], ones[0, 0]), ones)]
 
     async def close(self) -> None: ...
 

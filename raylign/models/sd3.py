@@ -84,11 +84,7 @@ class Sd3Policy:
         self._pipeline = pipeline
         self._fold = fold and config.tuning == "lora"
         self._pristine: dict[str, torch.Tensor] = {}
-        factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
-        step = factor * transformer.config.patch_size
-        for name, size in (("height", config.height), ("width", config.width)):
-            if size % step:
-                raise ModelError(f"model.{name} must be a multiple of {step} for this model, got {size}")
+        factor = _latent_factor(config, vae_config, transformer.config.patch_size)
         self.latent_shape = (transformer.config.in_channels, config.height // factor, config.width // factor)
 
     def encode(self, text: str, with_negative: bool) -> Conditioning:
@@ -179,15 +175,32 @@ def load_sd3(
         transformer.requires_grad_(False)
     else:
         attach_lora(transformer, config.lora, config.lora.targets or LORA_TARGETS, seed)
-    vae_config = _read_json(folder / "vae" / "config.json")
-    vae_config.setdefault("block_out_channels", vae_config.get("decoder_block_out_channels"))
     shift = float(_read_json(folder / "scheduler" / "scheduler_config.json").get("shift", 1.0))
-    return Sd3Policy(config, transformer, pipeline, vae_config, shift, fold and role == "rollout")
+    return Sd3Policy(config, transformer, pipeline, _vae_config(folder), shift, fold and role == "rollout")
 
 
 def check_sd3(config: Sd3Config) -> None:
-    """Raise for a model directory that is not there, or lacks a component, before anything is started."""
-    check_pipeline_folder(resolve(config.path))
+    """Raise for a directory without a component, or a size it cannot draw, before anything is started."""
+    folder = resolve(config.path)
+    check_pipeline_folder(folder)
+    _latent_factor(config, _vae_config(folder), int(_read_json(folder / "transformer" / "config.json")["patch_size"]))
+
+
+def _vae_config(folder: Path) -> dict[str, Any]:
+    """The VAE's own configuration; the tiny VAE class names its channels differently."""
+    config = _read_json(folder / "vae" / "config.json")
+    config.setdefault("block_out_channels", config.get("decoder_block_out_channels"))
+    return config
+
+
+def _latent_factor(config: Sd3Config, vae_config: dict[str, Any], patch_size: int) -> int:
+    """Pixels per latent along each side. Raises ModelError for a picture size that patches do not fill."""
+    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    step = factor * patch_size
+    for name, size in (("height", config.height), ("width", config.width)):
+        if size % step:
+            raise ModelError(f"model.{name} must be a multiple of {step} for this model, got {size}")
+    return factor
 
 
 def load_pipeline(folder: Path, precision: Precision = "fp32") -> StableDiffusion3Pipeline:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,9 @@ def test_a_killed_run_resumes_exactly(reference: tuple[Path, Path], tmp_path: Pa
     assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
     assert [row.get("loss") for row in rows] == [row.get("loss") for row in reference_rows]
     assert [row.get("reward/mean") for row in rows] == [row.get("reward/mean") for row in reference_rows]
+    assert cli.summary(run_dir)["eval_initial"] == cli.summary(expected)["eval_initial"]
+    prompts = Path(tomllib.loads((run_dir / "config.toml").read_text())["prompts"]["train"])
+    assert prompts.is_absolute()
 
 
 def test_ctrl_c_checkpoints_and_leaves_no_process_and_the_run_resumes_exactly(
@@ -160,7 +165,12 @@ def test_a_cluster_is_joined_if_it_can_hold_the_run_and_goes_on_afterwards(
     from services.process import local_cluster
 
     config, expected = reference
-    with local_cluster(4, tmp_path) as cluster:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with contextlib.chdir(elsewhere):  # workers of a joined cluster have another working directory than the run
+        stack = contextlib.ExitStack()
+        cluster = stack.enter_context(local_cluster(4, tmp_path))
+    with stack:
         token = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH") if name in os.environ}
         arguments = ["train", str(config), "--run-dir", "run", "--address", cluster.address]
         code, output = cli.run([*arguments, "--rollout.num_actors", "5"], tmp_path, token, timeout_s=60)
@@ -170,4 +180,5 @@ def test_a_cluster_is_joined_if_it_can_hold_the_run_and_goes_on_afterwards(
         code, output = cli.run(arguments, tmp_path, token)
         assert code == 0, output
         assert ray.cluster_resources()["CPU"] == 4
+        assert (tmp_path / "run2" / "checkpoints" / f"step_{NUM_STEPS}").is_dir()
     assert cli.summary(tmp_path / "run2")["weights_sha256"] == cli.summary(expected)["weights_sha256"]

@@ -9,7 +9,7 @@ import pytest
 from raylign.assets import find_config, resolve
 from raylign.config import load_config
 from raylign.errors import ConfigError
-from services.cli import parse_overrides
+from services.cli import parse_overrides, split_config
 from services.config import RunConfig, load_run_config
 
 
@@ -100,6 +100,11 @@ def test_overrides_reach_lists_and_keep_text_that_is_no_toml() -> None:
 def test_overrides_without_key_or_value_are_errors(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_overrides(arguments)
+
+
+def test_overrides_may_follow_a_command_without_a_configuration() -> None:
+    assert split_config("--num_steps", "quickstart_image", ["3"]) == ("quickstart_image", {"num_steps": "3"})
+    assert split_config("mine.toml", "quickstart_image", ["--seed=1"]) == ("mine.toml", {"seed": "1"})
 
 
 def test_overrides_that_lead_through_a_value_or_a_missing_item_are_errors(tmp_path: Path) -> None:

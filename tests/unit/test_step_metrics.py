@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from raylign.types import Prompt, RewardBreakdown, RewardScore, RolloutGroup, StepResult
+from raylign.types import (
+    Prompt,
+    RewardBreakdown,
+    RewardSample,
+    RewardScore,
+    RolloutGroup,
+    RolloutStatus,
+    StepResult,
+)
 from rollout.prompts import GroupTask
-from services.step_metrics import diversity, failed_samples, over_updates, reward_metrics, step_metrics
-from tests.fakes import breakdown, make_group
+from services.scoring import score_groups
+from services.step_metrics import (
+    diversity,
+    eval_metrics,
+    failed_samples,
+    over_updates,
+    reward_metrics,
+    step_metrics,
+)
+from tests.fakes import FakeScorer, breakdown, make_group
 
 
 def _group(*values: float | None, version: int = 4) -> RolloutGroup:
@@ -52,6 +69,28 @@ def test_updates_average_but_maxima_stay_maxima() -> None:
         StepResult({"loss": 3.0, "ratio/deviation_max": 0.4}, True),
     ]
     assert over_updates(results) == {"loss": 2.0, "ratio/deviation_max": 0.4}
+
+
+def test_an_evaluation_counts_the_samples_it_could_not_score() -> None:
+    metrics = eval_metrics([_group(1.0, None), _group(0.0, 0.0)])
+    assert metrics["eval/failed"] == 1
+    assert metrics["eval/mean"] == pytest.approx(1 / 3)
+
+
+def test_samples_that_were_not_drawn_are_not_scored() -> None:
+    group = _group(1.0, 1.0)
+    broken = replace(group.rollouts[1], status=RolloutStatus.GENERATION_FAILED, reward=None)
+    asked: list[str] = []
+
+    def value(sample: RewardSample) -> float:
+        asked.append(sample.id)
+        return 1.0
+
+    (scored,) = asyncio.run(score_groups(FakeScorer(value), [replace(group, rollouts=(group.rollouts[0], broken))]))
+    assert asked == ["p/0/0"]
+    assert scored.rollouts[1].status is RolloutStatus.GENERATION_FAILED
+    assert scored.rollouts[1].total is None
+    assert failed_samples([scored])[1] == "the sampler's final state is not finite, so there is nothing to score"
 
 
 def test_diversity_is_the_mean_pixel_distance_of_pairs() -> None:

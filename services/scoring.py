@@ -1,0 +1,36 @@
+"""From drawn groups to scored groups: what every caller of a Scorer does alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from raylign.types import RewardBreakdown, RewardFailure, RewardSample, RolloutGroup, RolloutStatus
+from services.roles import Scorer
+
+
+async def score_groups(scorer: Scorer, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    """Rewards for every sample that was drawn, in one call; one that was not has an error in place of a reward."""
+    samples = [
+        RewardSample(
+            id=f"{group.prompt.id}/{group.visit}/{rollout.key.sample_index}",
+            prompt=group.prompt,
+            image_HWC=None if group.images_GHWC is None else group.images_GHWC[place],
+        )
+        for group in groups
+        for place, rollout in enumerate(group.rollouts)
+        if rollout.status is RolloutStatus.OK
+    ]
+    started_s = time.perf_counter()
+    scores = iter(await scorer.score(samples) if samples else [])
+    share = (time.perf_counter() - started_s) / len(groups)
+    scored: list[RolloutGroup] = []
+    for group in groups:
+        rewards = [next(scores) if r.status is RolloutStatus.OK else _not_drawn() for r in group.rollouts]
+        scored.append(group.with_rewards(rewards, share))
+    return scored
+
+
+def _not_drawn() -> RewardBreakdown:
+    failure = RewardFailure("invalid_input", "the sampler's final state is not finite, so there is nothing to score")
+    return RewardBreakdown(None, (), failure)
