@@ -9,22 +9,23 @@ What the sizes are chosen for:
   latents, so one image token covers 8 x 8 pixels.
 - The CLIPs have one layer. SD3 takes `hidden_states[-2]` as the prompt, which with one layer is the token plus
   position embedding: enough to spell a word, nearly free, and trained together with the transformer.
-- There is no T5. diffusers then pads the prompt with `max_sequence_length` (256 unless told) zero tokens. They cost
-  time and say nothing, so callers pass a small `max_sequence_length`; the pre-training makes the model indifferent
-  to their number.
+- The T5 says nothing: its last norm is zero, so it returns `max_sequence_length` zero vectors, which is also what
+  diffusers puts there when SD3 runs without a T5. (With no T5 in the directory `from_pretrained` would ask for
+  `text_encoder_3=None`.) The vectors cost time, 256 of them unless told otherwise, so callers pass a small
+  `max_sequence_length`; the pre-training makes the model indifferent to their number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:  # diffusers takes seconds to import: only those who build a pipeline pay
     from diffusers import AutoencoderTiny, SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerFast, T5EncoderModel
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 VAE_FACTOR = 4
@@ -38,7 +39,7 @@ class TinySD3Config(BaseModel):
 
     height: int = 24
     width: int = 80
-    latent_channels: int = 4
+    latent_channels: int = 8
     vae_channels: int = 24
     patch_size: int = 2
     num_layers: int = 5
@@ -50,7 +51,7 @@ class TinySD3Config(BaseModel):
     """Width of the second text encoder, which SD3 asks for; it carries next to nothing here."""
     shift: float = 1.0
     """Timestep shift of the scheduler: sigma becomes s*sigma / (1 + (s-1)*sigma)."""
-    max_prompt_tokens: int = 14
+    max_prompt_tokens: int = 16
     """Tokens of a prompt, start and end marks included; longer prompts are cut."""
 
 
@@ -67,10 +68,9 @@ def build_tokenizer(words: Sequence[str], characters: str, max_prompt_tokens: in
     for character in sorted(set(characters.lower())):
         for token in (character, character + "</w>"):
             vocab.setdefault(token, len(vocab))
-    tokenizer = CLIPTokenizer(
-        vocab=vocab, merges=[], unk_token=EOS, pad_token=EOS, model_max_length=max_prompt_tokens
-    )
-    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], unk_token=EOS, pad_token=EOS, model_max_length=max_prompt_tokens)
+    whole_words = [AddedToken(word, single_word=True, normalized=True) for word in words]
+    tokenizer.add_tokens(cast("Any", whole_words))  # transformers declares its own AddedToken, which is this one
     return tokenizer
 
 
@@ -100,6 +100,24 @@ def build_text_encoder(
     return encoder
 
 
+def build_silent_t5(width: int) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
+    """A T5 whose output is exactly zero, B,L,width, and a tokenizer for which every prompt is the end mark alone.
+
+    The one token keeps diffusers from warning that the prompt was cut, however small `max_sequence_length` is.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    config = T5Config(vocab_size=2, d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    encoder = T5EncoderModel(config)
+    torch.nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
+    backend = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="</s>"))
+    backend.normalizer = normalizers.Replace(Regex(r"[\s\S]+"), "")
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+    return encoder, tokenizer
+
+
 def build_vae(config: TinySD3Config) -> AutoencoderTiny:
     """Pictures B,3,H,W in [-1, 1] to latents B,C,H/4,W/4 and back, convolutions only."""
     from diffusers import AutoencoderTiny
@@ -108,8 +126,8 @@ def build_vae(config: TinySD3Config) -> AutoencoderTiny:
     return AutoencoderTiny(
         encoder_block_out_channels=channels,
         decoder_block_out_channels=channels,
-        num_encoder_blocks=(1, 1, 1),
-        num_decoder_blocks=(1, 1, 0),  # nothing but one convolution at full size: that is where the time goes
+        num_encoder_blocks=(0, 1, 1),  # nothing but one convolution at full size: that is where the time goes
+        num_decoder_blocks=(1, 1, 0),
         latent_channels=config.latent_channels,
     )
 
@@ -151,16 +169,17 @@ def build_tiny_sd3(
     limit = config.max_prompt_tokens
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        silent_t5, silent_tokenizer = build_silent_t5(config.text_dim + config.text_dim_2)
         # two tokenizer objects: diffusers saves each under its own folder
         tokenizer, tokenizer_2 = (build_tokenizer(words, characters, limit) for _ in range(2))
         return StableDiffusion3Pipeline(
             transformer=build_transformer(config),
             scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=config.shift),
-            vae=build_vae(config),
+            vae=cast("Any", build_vae(config)),  # diffusers names AutoencoderKL and takes any VAE
             text_encoder=build_text_encoder(len(tokenizer), config.text_dim, config.text_dim, limit),
             tokenizer=tokenizer,
             text_encoder_2=build_text_encoder(len(tokenizer), config.text_dim_2, config.text_dim_2, limit),
             tokenizer_2=tokenizer_2,
-            text_encoder_3=None,
-            tokenizer_3=None,
+            text_encoder_3=silent_t5,
+            tokenizer_3=silent_tokenizer,
         )

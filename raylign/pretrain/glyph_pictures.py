@@ -8,13 +8,14 @@ does not depend on the prompt, hence a habit the model can drop everywhere at on
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from io import BytesIO
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from raylign.pretrain.words import WORDS
@@ -41,23 +42,28 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 """Colour of the sign, mid-tones on which both inks can be read."""
 INKS: tuple[tuple[int, int, int], ...] = ((250, 250, 250), (12, 12, 12))
 
-# Five words before the quote in each: the target then starts at one token position, which a one-layer text encoder
-# without attention needs to tell the characters' order from their absolute position.
 TEMPLATES: tuple[str, ...] = (
     'a {colour} sign that says "{target}"',
-    'a {colour} poster that reads "{target}"',
-    'a {colour} label with text "{target}"',
-    'one {colour} card saying just "{target}"',
-    'the {colour} plate showing only "{target}"',
+    'a {colour} poster with the {kind} "{target}"',
+    'a {colour} label reading "{target}"',
+    'one {colour} card showing only "{target}"',
+    'a picture of the {kind} "{target}" in {colour}',
+    'the {kind} "{target}" on a {colour} wall',
+    '"{target}" on a {colour} sign',
 )
-TEMPLATE_WORDS: tuple[str, ...] = tuple(sorted({w for t in TEMPLATES for w in re.findall(r"\b[a-z]+\b", t)} | set(COLOURS)))
-"""Words that get a token of their own; none of them may be a target (`target` and `colour` are placeholders)."""
+"""Ways to ask. The target stands at several places of the sentence, so a model has to look for the quotes."""
+_FIXED_WORDS = {w for t in TEMPLATES for w in re.findall(r"\b[a-z]+\b", t)} - {"kind", "colour", "target"}
+TEMPLATE_WORDS: tuple[str, ...] = (*sorted(_FIXED_WORDS), "an", "word", "number", *COLOURS)
+"""Words that get a token of their own; none of them may be a target."""
 CHARACTERS = LETTERS + DIGITS + "\"'.,:;!?-&#"
 """Everything a prompt may be spelt in."""
 
 Flaw = Literal["clean", "misspelt", "blurred", "faint", "cropped", "wrong_colour"]
-OCR_FLAWS: tuple[Flaw, ...] = ("misspelt", "blurred", "faint", "cropped")
-"""Flaws that a reader notices. A wrong colour reads well, so it is mixed in apart from them."""
+FLAW_SHARES: dict[Flaw, float] = {"misspelt": 0.4, "blurred": 0.2, "faint": 0.2, "cropped": 0.2}
+"""Flaws that a reader notices, with their shares. A wrong colour reads well, so it is mixed in apart from them.
+
+They are this harsh because recognisers are good: text of 2 % contrast, or with its upper half cut off, still reads.
+"""
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,9 @@ class PictureMix:
 
 def prompt_for(target: str, colour: str, template: int) -> str:
     """The sentence that asks for `target` on a sign of `colour`."""
-    return TEMPLATES[template].format(colour=colour, target=target)
+    kind = "number" if target[0] in DIGITS else "word"
+    prompt = TEMPLATES[template].format(colour=colour, target=target, kind=kind)
+    return prompt.replace("a orange", "an orange")
 
 
 def quoted_target(prompt: str) -> str:
@@ -101,8 +109,7 @@ def quoted_target(prompt: str) -> str:
 @cache
 def _font() -> ImageFont.FreeTypeFont:
     path = resources.files("raylign") / "assets" / "fonts" / FONT_FILE
-    with path.open("rb") as file:
-        return ImageFont.truetype(file, FONT_SIZE)
+    return ImageFont.truetype(BytesIO(path.read_bytes()), FONT_SIZE)
 
 
 @cache
@@ -122,7 +129,7 @@ def text_mask(target: str, dx: int = 0, dy: int = 0) -> Image.Image:
     return mask
 
 
-def paint(mask: Image.Image, paper: Sequence[int], ink: Sequence[int]) -> np.ndarray:
+def paint(mask: Image.Image, paper: npt.ArrayLike, ink: npt.ArrayLike) -> np.ndarray:
     """uint8 HEIGHT x WIDTH x 3: `ink` where the mask is full, `paper` where it is empty."""
     weight = np.asarray(mask, dtype=np.float32)[..., None] / 255.0
     picture = weight * np.asarray(ink, np.float32) + (1.0 - weight) * np.asarray(paper, np.float32)
@@ -156,16 +163,14 @@ def misspell(rng: np.random.Generator, target: str) -> str:
     return spelt if spelt != target else misspell(rng, target)
 
 
-def draw_example(
-    rng: np.random.Generator, mix: PictureMix, excluded: frozenset[str] = frozenset()
-) -> GlyphExample:
-    """One random prompt with its picture, good or flawed as `mix` says. `excluded` targets are neither asked nor drawn."""
+def draw_example(rng: np.random.Generator, mix: PictureMix, excluded: frozenset[str] = frozenset()) -> GlyphExample:
+    """One random prompt with its picture, good or flawed as `mix` says; `excluded` targets do not occur."""
     target = random_target(rng, mix.word_share, excluded)
     colour = list(COLOURS)[rng.integers(len(COLOURS))]
     prompt = prompt_for(target, colour, int(rng.integers(len(TEMPLATES))))
     flaw: Flaw = "clean"
     if rng.random() < mix.flawed_share:
-        flaw = OCR_FLAWS[rng.integers(len(OCR_FLAWS))]
+        flaw = list(FLAW_SHARES)[rng.choice(len(FLAW_SHARES), p=list(FLAW_SHARES.values()))]
     elif rng.random() < mix.wrong_colour_share:
         flaw = "wrong_colour"
     drawn = target
@@ -179,13 +184,13 @@ def _flawed_picture(rng: np.random.Generator, drawn: str, colour: str, flaw: Fla
     if flaw == "wrong_colour":
         colour = rng.choice([other for other in COLOURS if other != colour])
     if flaw == "cropped":
-        # about half of the text leaves the picture, above or below: too little is left to read
-        dy = int(rng.choice([-1, 1]) * rng.integers(10, 15))
+        # all but a few rows leave the picture, above or below; half a row of letters can still be read
+        dy = int(rng.choice([-1, 1]) * rng.integers(18, 21))
     mask = text_mask(drawn, dx, dy)
     paper = np.asarray(COLOURS[colour], np.float32) + rng.uniform(-12, 12, size=3)
     ink = np.asarray(INKS[rng.integers(len(INKS))], np.float32)
     if flaw == "faint":
-        ink = paper + (ink - paper) * rng.uniform(0.02, 0.08)
+        ink = paper + (ink - paper) * rng.uniform(0.0, 0.004)
     if flaw == "blurred":
-        mask = mask.filter(ImageFilter.GaussianBlur(rng.uniform(3.5, 5.0)))
+        mask = mask.filter(ImageFilter.GaussianBlur(rng.uniform(6.0, 9.0)))
     return paint(mask, paper, ink)

@@ -1,0 +1,9 @@
+"""Base models made from nothing on a laptop CPU, for the quickstart and the tests.
+
+One row per model: name -> (module, function, config class). Rows are strings, resolved when asked for, because the
+modules import torch and diffusers and the command line must not.
+"""
+
+PRETRAINERS: dict[str, tuple[str, str, str]] = {
+    "glyphs": ("raylign.pretrain.glyphs", "pretrain", "GlyphsConfig"),
+}
