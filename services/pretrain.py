@@ -30,12 +30,17 @@ def pretrain_model(name: str, out: Path, seed: int) -> None:
     )
     with Progress(*columns) as progress:
         tasks: dict[str, int] = {}
+        told: dict[str, int] = {}
 
         def show(stage: str, step: int, num_steps: int, metrics: Mapping[str, float]) -> None:
             if stage not in tasks:
                 tasks[stage] = progress.add_task(stage, total=num_steps, metrics="")
             text = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
             progress.update(tasks[stage], completed=step, metrics=text)  # type: ignore[arg-type]  # a TaskID is an int
+            if not progress.console.is_terminal and step * 10 // num_steps > told.get(stage, -1):
+                # Bars cannot move in a log; a line per tenth of a stage does.
+                told[stage] = step * 10 // num_steps
+                progress.console.print(f"{stage} {step}/{num_steps}  {text}")
 
         result = getattr(module, function)(out, getattr(module, config_class)(seed=seed), show)
     progress.console.print(f"model written to {out}")

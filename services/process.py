@@ -43,6 +43,9 @@ ENVIRONMENT: Mapping[str, str] = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    # Advice of the libraries, which every worker would repeat on the run's screen.
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
     # Idle OpenMP threads that spin made two processes on two cores 4 times slower.
     "OMP_WAIT_POLICY": "PASSIVE",
     "TOKENIZERS_PARALLELISM": "false",
@@ -86,13 +89,6 @@ def ray_settings(run_dir: Path, environ: MutableMapping[str, str] = os.environ) 
         file.write(_process_token())
     _point_to(path, environ)
     return path
-
-
-def use_run_token(run_dir: Path, environ: MutableMapping[str, str] = os.environ) -> None:
-    """For a second command that talks to a live run (`raylign scale RUN`): take the token of its cluster."""
-    path = run_dir / TOKEN_FILE
-    if path.exists() and "RAY_AUTH_TOKEN" not in environ and "RAY_AUTH_TOKEN_PATH" not in environ:
-        _point_to(path, environ)
 
 
 def _point_to(token_file: Path, environ: MutableMapping[str, str]) -> None:
@@ -172,18 +168,18 @@ def local_cluster(
 
 
 @contextlib.contextmanager
-def join_cluster(address: str, runtime_env: Mapping[str, object] | None = None) -> Generator[StartedCluster]:
+def join_cluster(address: str) -> Generator[StartedCluster]:
     """Connect to a running cluster ("auto", or host:port) and disconnect afterwards; the cluster goes on."""
     import ray
 
     began = time.perf_counter()
-    environment = dict(runtime_env or {})
-    given = environment.get("env_vars")
-    environment["env_vars"] = {**worker_environment(), **(given if isinstance(given, dict) else {})}
     with _signals_kept():
         try:
             context = ray.init(
-                address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": worker_environment()},
             )
         except Exception as error:  # whatever Ray raises here, the user can only act on the address or the token
             raise ClusterError(

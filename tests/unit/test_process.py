@@ -18,7 +18,6 @@ from services.process import (
     prepare_environment,
     ray_settings,
     temp_root,
-    use_run_token,
     worker_environment,
 )
 
@@ -36,6 +35,8 @@ def test_the_defaults_are_exactly_these() -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DIFFUSERS_VERBOSITY": "error",
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -98,18 +99,6 @@ def test_the_users_own_token_or_choice_stands(tmp_path: Path, theirs: dict[str, 
     ray_settings(tmp_path, environ)
     assert environ == theirs
     assert not list(tmp_path.iterdir())
-
-
-def test_a_second_command_takes_the_token_of_the_run(tmp_path: Path) -> None:
-    environ: dict[str, str] = {}
-    use_run_token(tmp_path, environ)
-    assert environ == {}, "a run without a token has nothing to take"
-    path = ray_settings(tmp_path, {})
-    use_run_token(tmp_path, environ)
-    assert environ["RAY_AUTH_TOKEN_PATH"] == str(path)
-    theirs = {"RAY_AUTH_TOKEN": "x"}
-    use_run_token(tmp_path, theirs)
-    assert theirs == {"RAY_AUTH_TOKEN": "x"}
 
 
 def test_settings_of_a_cluster_are_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
