@@ -106,7 +106,9 @@ class Controller:
         except* RaylignError as causes:
             # The cause stops the run, after its checkpoint: unless writing it is the cause, or weights moved halfway.
             if self._mid_step:
-                causes.exceptions[0].add_note(f"step {self.step + 1} was half done, so no checkpoint was written for it")
+                causes.exceptions[0].add_note(
+                    f"step {self.step + 1} was half done, so no checkpoint was written for it"
+                )
             elif causes.subgroup(CheckpointError) is None:
                 await self._save(self.step)
             raise
