@@ -1,0 +1,32 @@
+"""Errors of workers as what they are: Ray wraps them, with the worker's traceback in the message."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any
+
+from ray.exceptions import RayError
+
+from raylign.errors import RaylignError
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """The Raylign error inside a Ray error, if there is one; else the error itself."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, RaylignError) and not isinstance(seen, RayError):
+            return seen
+        cause = getattr(seen, "cause", None)
+        seen = cause if isinstance(cause, BaseException) else seen.__cause__
+    return error
+
+
+async def answer(reference: Awaitable[Any]) -> Any:
+    """What a worker returned; its own Raylign error is raised plainly."""
+    try:
+        return await reference
+    except RayError as error:
+        plain = unwrap(error)
+        if plain is error:
+            raise
+        raise plain from None
