@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayActorError, WorkerCrashedError
+from ray.exceptions import RayActorError, WorkerCrashedError
 from ray.rllib.utils.actor_manager import CallResult, FaultTolerantActorManager
 
 from raylign.errors import ClusterError
 from raylign.types import RolloutGroup
 from rollout.engine import ChunkRequest, Probe, Slot
+from services.ray_errors import unwrap
 from services.roles import SnapshotHandle
 
 # A second chunk waits at each actor, so that it never idles for a round trip.
@@ -32,17 +33,22 @@ _PROBE_EVERY_S = 1.0
 _PROBE_TIMEOUT_S = 0.2
 # A lost actor reloads its model; a whole fleet lost for this long will not come back by itself.
 _FLEET_LOST_AFTER_S = 300.0
-_DEATHS = (RayActorError, ActorDiedError, ActorUnavailableError, WorkerCrashedError, ObjectLostError)
 
 
 @dataclass(slots=True)
 class _Call:
-    """One call on its way to an actor; `actor_id` is fixed for pulls and free for chunks."""
+    """One call on its way to an actor.
+
+    A chunk goes to any actor. A pinned call is about one actor (a pull, a probe); if that actor dies, its answer is
+    None. A restoring pull brings an actor back into service, so its failure is the fleet's.
+    """
 
     verb: str
     kwargs: dict[str, Any]
     future: asyncio.Future[Any]
     actor_id: int | None = None
+    pinned: bool = False
+    restoring: bool = False
 
 
 @dataclass(slots=True)
@@ -60,6 +66,7 @@ class RayFleet:
         self._manager = FaultTolerantActorManager(
             list(actors), max_remote_requests_in_flight_per_actor=_IN_FLIGHT_PER_ACTOR
         )
+        self._actor_names = {number: actor._actor_id.hex() for number, actor in self._manager.actors().items()}
         self._pool = _Pool()
         self._snapshots: dict[Slot, SnapshotHandle] = {}
         self._tags = (f"call-{n}" for n in itertools.count())
@@ -70,15 +77,14 @@ class RayFleet:
     async def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
         return await self._submit("generate", {"request": request})
 
-    async def probe(self, text: str) -> Probe:
-        return await self._submit("probe", {"text": text})
+    async def probe_all(self, text: str) -> list[Probe]:
+        answers = await self._on_every_actor("probe", {"text": text})
+        return [probe for probe in answers if probe is not None]
 
     async def pull(self, snapshot: SnapshotHandle, slot: Slot) -> None:
         """Every healthy actor loads it; one that is away pulls it when it comes back."""
         self._snapshots[slot] = snapshot
-        healthy = self._manager.healthy_actor_ids()
-        kwargs = {"snapshot": snapshot, "slot": slot}
-        await asyncio.gather(*(self._submit("pull", kwargs, actor_id) for actor_id in healthy))
+        await self._on_every_actor("pull", {"snapshot": snapshot, "slot": slot})
 
     @property
     def num_restarts(self) -> int:
@@ -91,12 +97,18 @@ class RayFleet:
             await asyncio.gather(self._pump_task, return_exceptions=True)
         self._manager.clear()
 
+    async def _on_every_actor(self, verb: str, kwargs: dict[str, Any]) -> list[Any]:
+        """One answer per healthy actor, None for those that die meanwhile."""
+        return await asyncio.gather(
+            *(self._submit(verb, kwargs, actor_id) for actor_id in self._manager.healthy_actor_ids())
+        )
+
     async def _submit(self, verb: str, kwargs: dict[str, Any], actor_id: int | None = None) -> Any:
-        call = _Call(verb, kwargs, asyncio.get_running_loop().create_future(), actor_id)
-        self._pool.waiting.append(call)
+        future = asyncio.get_running_loop().create_future()
+        self._pool.waiting.append(_Call(verb, kwargs, future, actor_id, pinned=actor_id is not None))
         if self._pump_task is None or self._pump_task.done():
             self._pump_task = asyncio.create_task(self._pump(), name="rollout fleet")
-        return await call.future
+        return await future
 
     async def _pump(self) -> None:
         """Send, fetch and restore until nothing is left to do. Only this task touches the manager's calls."""
@@ -113,26 +125,24 @@ class RayFleet:
             self._pool = _Pool()
 
     def _send(self) -> None:
-        """Hand waiting calls to actors: pulls to theirs at once, chunks to the least busy with room."""
+        """Hand waiting calls to actors: pinned ones to theirs at once, chunks to the least busy with room."""
         load = dict.fromkeys(self._manager.healthy_actor_ids(), 0)
         for call in self._pool.sent.values():
-            if call.verb != "pull" and call.actor_id in load:
+            if not call.pinned and call.actor_id in load:
                 load[call.actor_id] += 1
         held: deque[_Call] = deque()
         while self._pool.waiting:
             call = self._pool.waiting.popleft()
             if call.future.cancelled():
                 continue
-            if call.verb == "pull":
-                self._dispatch(call, call.actor_id)
-                continue
-            actor_id = min(load, key=lambda a: (load[a], a), default=None)
-            if actor_id is None or load[actor_id] >= _IN_FLIGHT_PER_ACTOR:
+            actor_id = call.actor_id if call.pinned else min(load, key=lambda a: (load[a], a), default=None)
+            if not call.pinned and (actor_id is None or load[actor_id] >= _IN_FLIGHT_PER_ACTOR):
                 held.append(call)
-                break
-            load[actor_id] += 1
+                continue
+            if not call.pinned:
+                load[actor_id] += 1
             self._dispatch(call, actor_id)
-        self._pool.waiting.extendleft(reversed(held))
+        self._pool.waiting.extend(held)
 
     def _dispatch(self, call: _Call, actor_id: int | None) -> None:
         call.actor_id = actor_id
@@ -142,11 +152,8 @@ class RayFleet:
         )
         if sent:
             self._pool.sent[tag] = call
-        elif call.verb == "pull":
-            # The actor died since; it will pull when it is back.
-            call.future.set_result(None)
         else:
-            self._pool.waiting.append(call)
+            self._give_up_actor(call)
 
     def _fetch(self) -> None:
         results = cast("Iterator[CallResult]", iter(self._manager.fetch_ready_async_reqs(timeout_seconds=0.0)))
@@ -157,14 +164,36 @@ class RayFleet:
             outcome = result.get()
             if result.ok:
                 call.future.set_result(outcome)
-            elif not isinstance(outcome, _DEATHS):
-                # An error of the work itself would come again on any actor: it ends the run.
-                call.future.set_exception(outcome)
-            elif call.verb == "pull":
-                call.future.set_result(None)
+            elif self._is_death_of(result.actor_id, outcome):
+                self._give_up_actor(call)
+            elif call.restoring:
+                # The actor would go on with other weights than the rest, or none.
+                raise unwrap(outcome)
             else:
-                call.actor_id = None
-                self._pool.waiting.appendleft(call)
+                # An error of the work itself would come again on any actor: it ends the run.
+                call.future.set_exception(unwrap(outcome))
+        self._reclaim()
+
+    def _reclaim(self) -> None:
+        """Take back what lies with actors that went out of service: the manager drops all their calls at once."""
+        lost = [tag for tag, call in self._pool.sent.items() if not self._manager.is_actor_healthy(call.actor_id)]
+        for tag in reversed(lost):
+            self._give_up_actor(self._pool.sent.pop(tag))
+
+    def _give_up_actor(self, call: _Call) -> None:
+        """The call's actor died: a chunk goes first in the queue, for any other; a pinned call is over."""
+        if call.pinned and not call.future.done():
+            call.future.set_result(None)
+        elif not call.pinned:
+            call.actor_id = None
+            self._pool.waiting.appendleft(call)
+
+    def _is_death_of(self, actor_id: int, error: Exception) -> bool:
+        """Whether the called actor itself is gone, and not, say, the one that made a call's argument."""
+        if isinstance(error, WorkerCrashedError):
+            return True
+        died = getattr(error, "actor_id", None)
+        return isinstance(error, RayActorError) and died in (None, self._actor_names[actor_id])
 
     def _restore(self) -> None:
         """Bring actors back that Ray restarted, with the newest weights of every slot first in their queue."""
@@ -185,4 +214,5 @@ class RayFleet:
         for actor_id in self._manager.probe_unhealthy_actors(timeout_seconds=_PROBE_TIMEOUT_S, mark_healthy=True):
             for slot, snapshot in self._snapshots.items():
                 future = asyncio.get_running_loop().create_future()
-                self._dispatch(_Call("pull", {"snapshot": snapshot, "slot": slot}, future), actor_id)
+                kwargs = {"snapshot": snapshot, "slot": slot}
+                self._dispatch(_Call("pull", kwargs, future, actor_id, pinned=True, restoring=True), actor_id)

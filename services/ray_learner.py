@@ -13,6 +13,7 @@ from ray.actor import ActorHandle
 
 from raylign.types import RolloutGroup, StepResult, WeightVersion
 from rollout.engine import Probe
+from services.ray_errors import answer
 from services.roles import WhichPolicy
 
 
@@ -35,16 +36,19 @@ class RayLearner:
         return await self._call("end_step", step)
 
     async def publish(self, version: WeightVersion, which: WhichPolicy) -> ray.ObjectRef:
-        """A reference: the snapshot itself goes from the learner's node straight to the actors."""
-        reference = self._ranks[0].learner_call.remote("publish", version, which)
-        await _ready(reference)
-        return reference
+        """A reference: the snapshot itself goes from the learner's node straight to the actors.
+
+        The receipt that comes with it is awaited, so a learner that dies while it publishes is noticed here.
+        """
+        snapshot, receipt = self._ranks[0].publish.options(num_returns=2).remote(version, which)
+        await answer(receipt)
+        return snapshot
 
     async def save(self, folder: Path, record: Mapping[str, Any]) -> None:
         await self._first("save", str(folder), dict(record))
 
     async def load(self, folder: Path) -> None:
-        await asyncio.gather(*(rank.load.remote(str(folder)) for rank in self._ranks))
+        await asyncio.gather(*(answer(rank.load.remote(str(folder))) for rank in self._ranks))
 
     async def velocity(self, probe: Probe) -> torch.Tensor:
         parts = probe.state_BCHW, probe.sigma_B, probe.conditioning
@@ -55,18 +59,8 @@ class RayLearner:
 
     async def _first(self, method: str, *args: Any) -> Any:
         """Call rank 0 alone."""
-        answer: Any = getattr(self._ranks[0], method).remote(*args)
-        return await answer
+        return await answer(getattr(self._ranks[0], method).remote(*args))
 
     async def _call(self, verb: str, *args: Any) -> Any:
-        answers = await asyncio.gather(*(rank.learner_call.remote(verb, *args) for rank in self._ranks))
+        answers = await asyncio.gather(*(answer(rank.learner_call.remote(verb, *args)) for rank in self._ranks))
         return answers[0]
-
-
-async def _ready(reference: ray.ObjectRef) -> None:
-    """Wait until an object exists, without fetching it here; an error in it is raised by whoever pulls it."""
-    while True:
-        ready, _ = ray.wait([reference], timeout=0, fetch_local=False)
-        if ready:
-            return
-        await asyncio.sleep(0.001)

@@ -18,6 +18,7 @@ from raylign.weights import WeightSnapshot
 from rollout.engine import ChunkRequest, Probe, Slot
 from services.assembly import build_engine, build_learner
 from services.config import RunConfig
+from services.roles import WhichPolicy
 
 
 class Worker:
@@ -67,6 +68,11 @@ class Worker:
     def learner_call(self, verb: str, *args: Any) -> Any:
         """Run one verb of the learner."""
         return getattr(self._learner, verb)(*args)
+
+    def publish(self, version: WeightVersion, which: WhichPolicy) -> tuple[WeightSnapshot, str]:
+        """A snapshot, and its hash as a receipt that is cheap to fetch."""
+        snapshot = self._learner.publish(version, which)
+        return snapshot, snapshot.sha256
 
     def save(self, folder: str, record: Mapping[str, Any]) -> None:
         save_checkpoint(Path(folder), self._learner.state_dict(), record)

@@ -1,0 +1,199 @@
+"""The fleet on a real cluster with actors that are cheap to kill: nothing is lost, hangs or keeps old weights."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from raylign.errors import WeightError
+from rollout.engine import ChunkRequest
+from services.fleet import RayFleet
+from services.process import local_cluster
+from services.ray_learner import RayLearner
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with local_cluster(6, tmp_path_factory.mktemp("fleet")):
+        yield
+
+
+class Sleeper:
+    """Answers chunks slowly with who it is and which weights it had; `kill` files make it die in the middle."""
+
+    def __init__(self) -> None:
+        self.version = -1
+
+    def ping(self) -> str:
+        return "pong"
+
+    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return func(self, *args, **kwargs)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def pull(self, snapshot: Any, slot: str) -> int:
+        if snapshot == "torn":
+            raise WeightError("the snapshot is torn")
+        self.version = snapshot
+        return self.version
+
+    def generate(self, request: Any) -> list[Any]:
+        if request == "broken":
+            raise WeightError("no weights")
+        time.sleep(0.15)
+        return [(os.getpid(), self.version, request)]
+
+    def probe(self, text: str) -> str:
+        return f"{text} {os.getpid()}"
+
+    def publish(self, version: int, which: str) -> tuple[int, str]:
+        if which == "dies":
+            os._exit(1)
+        return version, "receipt"
+
+
+def _actors(count: int, restarts: int = -1) -> list[Any]:
+    actors = [ray.remote(Sleeper).options(num_cpus=0.1, max_restarts=restarts).remote() for _ in range(count)]
+    ray.get([actor.ping.remote() for actor in actors])
+    return actors
+
+
+def _run(work: Callable[[], Awaitable[Any]], timeout_s: float = 30) -> Any:
+    return asyncio.run(asyncio.wait_for(work(), timeout_s))  # type: ignore[arg-type]
+
+
+def _chunk(number: int) -> ChunkRequest:
+    return number  # type: ignore[return-value]  # the fleet only passes requests on
+
+
+def _process(actor: Any) -> psutil.Process:
+    return psutil.Process(ray.get(actor.pid.remote()))
+
+
+def test_chunks_spread_over_actors_and_come_back_in_their_places() -> None:
+    async def work() -> None:
+        fleet = RayFleet(_actors(3))
+        await fleet.pull(5, "rollout")
+        answers = await asyncio.gather(*(fleet.generate(_chunk(n)) for n in range(9)))
+        assert [answer[0][2] for answer in answers] == list(range(9))
+        assert len({answer[0][0] for answer in answers}) == 3
+        assert {answer[0][1] for answer in answers} == {5}
+        assert len(set(await fleet.probe_all("hello"))) == 3
+        await fleet.close()
+
+    _run(work)
+
+
+def test_a_killed_actors_chunks_are_all_answered_and_it_comes_back_with_the_newest_weights() -> None:
+    async def work() -> None:
+        actors = _actors(2)
+        victim = _process(actors[0])
+        fleet = RayFleet(actors)
+        await fleet.pull(1, "rollout")
+        jobs = [asyncio.create_task(fleet.generate(_chunk(n))) for n in range(8)]
+        await asyncio.sleep(0.05)  # both actors have two chunks now
+        victim.kill()
+        answers = await asyncio.gather(*jobs)
+        assert [answer[0][2] for answer in answers] == list(range(8))
+        await fleet.pull(2, "rollout")
+        pids: set[int] = set()
+        while len(pids) < 2:  # until the killed one works again
+            answers = await asyncio.gather(*(fleet.generate(_chunk(n)) for n in range(4)))
+            assert {answer[0][1] for answer in answers} == {2}
+            pids = {answer[0][0] for answer in answers}
+        assert fleet.num_restarts >= 1
+        await fleet.close()
+
+    _run(work)
+
+
+def test_every_call_to_an_actor_that_goes_out_of_service_is_taken_back() -> None:
+    async def work() -> None:
+        actors = _actors(1)
+        fleet = RayFleet(actors)
+        await fleet.pull(1, "rollout")
+        jobs = [asyncio.create_task(fleet.generate(_chunk(n))) for n in range(2)]
+        await asyncio.sleep(0.05)
+        # What RLlib does at the first error of an actor: all its other calls are forgotten by the manager.
+        fleet._manager.set_actor_state(0, healthy=False)
+        answers = await asyncio.gather(*jobs)
+        assert [answer[0][2] for answer in answers] == [0, 1]
+        await fleet.close()
+
+    _run(work)
+
+
+def test_an_error_of_the_work_itself_is_raised_as_it_was() -> None:
+    async def work() -> None:
+        fleet = RayFleet(_actors(1))
+        await fleet.pull(1, "rollout")
+        with pytest.raises(WeightError, match="no weights") as raised:
+            await fleet.generate("broken")  # type: ignore[arg-type]
+        assert type(raised.value) is WeightError
+        await fleet.close()
+
+    _run(work)
+
+
+def test_an_actor_that_comes_back_and_cannot_pull_ends_the_run() -> None:
+    async def work() -> None:
+        actors = _actors(1)
+        victim = _process(actors[0])
+        fleet = RayFleet(actors)
+        await fleet.pull(1, "rollout")
+        fleet._snapshots["rollout"] = "torn"
+        job = asyncio.create_task(fleet.generate(_chunk(0)))
+        await asyncio.sleep(0.05)
+        victim.kill()
+        with pytest.raises(WeightError, match="torn"):
+            await job
+        await fleet.close()
+
+    _run(work)
+
+
+def test_a_snapshot_whose_maker_died_is_an_error_and_not_a_pull() -> None:
+    async def work() -> None:
+        (maker,) = _actors(1, restarts=0)
+        fleet = RayFleet(_actors(2))
+        await fleet.pull(1, "rollout")
+        lost = maker.publish.options(num_returns=2).remote(2, "dies")[0]
+        with pytest.raises(ray.exceptions.RayError):
+            await fleet.pull(lost, "rollout")
+        await fleet.close()
+
+    _run(work)
+
+
+def test_a_learner_that_dies_while_it_publishes_is_noticed_at_once() -> None:
+    async def work() -> None:
+        learner = RayLearner(_actors(1, restarts=0))
+        assert ray.get(await learner.publish(3, "rollout")) == 3
+        with pytest.raises(ray.exceptions.RayActorError):
+            await learner.publish(4, "dies")  # type: ignore[arg-type]
+
+    _run(work)
+
+
+def test_cancelled_chunks_do_not_block_the_others() -> None:
+    async def work() -> None:
+        fleet = RayFleet(_actors(1))
+        await fleet.pull(1, "rollout")
+        jobs = [asyncio.create_task(fleet.generate(_chunk(n))) for n in range(6)]
+        await asyncio.sleep(0.05)
+        for job in jobs[:5]:
+            job.cancel()
+        assert (await jobs[5])[0][2] == 5
+        await fleet.close()
+        assert fleet._pump_task is None or fleet._pump_task.done()
+
+    _run(work)
