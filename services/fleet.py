@@ -23,7 +23,7 @@ from ray.rllib.utils.actor_manager import CallResult, FaultTolerantActorManager
 from raylign.errors import ClusterError
 from raylign.types import RolloutGroup
 from rollout.engine import ChunkRequest, Probe, Slot
-from services.ray_errors import unwrap
+from services.ray_errors import actor_name, unwrap
 from services.roles import SnapshotHandle
 
 # A second chunk waits at each actor, so that it never idles for a round trip.
@@ -66,7 +66,7 @@ class RayFleet:
         self._manager = FaultTolerantActorManager(
             list(actors), max_remote_requests_in_flight_per_actor=_IN_FLIGHT_PER_ACTOR
         )
-        self._actor_names = {number: actor._actor_id.hex() for number, actor in self._manager.actors().items()}
+        self._actor_names = {number: actor_name(actor) for number, actor in self._manager.actors().items()}
         self._pool = _Pool()
         self._snapshots: dict[Slot, SnapshotHandle] = {}
         self._tags = (f"call-{n}" for n in itertools.count())
@@ -136,10 +136,10 @@ class RayFleet:
             if call.future.cancelled():
                 continue
             actor_id = call.actor_id if call.pinned else min(load, key=lambda a: (load[a], a), default=None)
-            if not call.pinned and (actor_id is None or load[actor_id] >= _IN_FLIGHT_PER_ACTOR):
-                held.append(call)
-                continue
             if not call.pinned:
+                if actor_id is None or load[actor_id] >= _IN_FLIGHT_PER_ACTOR:
+                    held.append(call)
+                    continue
                 load[actor_id] += 1
             self._dispatch(call, actor_id)
         self._pool.waiting.extend(held)
@@ -176,7 +176,8 @@ class RayFleet:
 
     def _reclaim(self) -> None:
         """Take back what lies with actors that went out of service: the manager drops all their calls at once."""
-        lost = [tag for tag, call in self._pool.sent.items() if not self._manager.is_actor_healthy(call.actor_id)]
+        healthy = set(self._manager.healthy_actor_ids())
+        lost = [tag for tag, call in self._pool.sent.items() if call.actor_id not in healthy]
         for tag in reversed(lost):
             self._give_up_actor(self._pool.sent.pop(tag))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from typing import Any
 
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from raylign.errors import RaylignError
@@ -19,6 +20,11 @@ def unwrap(error: BaseException) -> BaseException:
         cause = getattr(seen, "cause", None)
         seen = cause if isinstance(cause, BaseException) else seen.__cause__
     return error
+
+
+def actor_name(actor: ActorHandle) -> str:
+    """The identity by which Ray's errors name an actor."""
+    return actor._actor_id.hex()  # pyright: ignore[reportPrivateUsage]  # Ray has no public way to ask a handle
 
 
 async def answer(reference: Awaitable[Any]) -> Any:

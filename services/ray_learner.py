@@ -40,7 +40,8 @@ class RayLearner:
 
         The receipt that comes with it is awaited, so a learner that dies while it publishes is noticed here.
         """
-        snapshot, receipt = self._ranks[0].publish.options(num_returns=2).remote(version, which)
+        references: Any = self._ranks[0].publish.options(num_returns=2).remote(version, which)
+        snapshot, receipt = references
         await answer(receipt)
         return snapshot
 

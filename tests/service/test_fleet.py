@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray.exceptions import RayActorError, RayError
 
 from raylign.errors import WeightError
-from rollout.engine import ChunkRequest
 from services.fleet import RayFleet
 from services.process import local_cluster
 from services.ray_learner import RayLearner
@@ -62,7 +62,8 @@ class Sleeper:
 
 
 def _actors(count: int, restarts: int = -1) -> list[Any]:
-    actors = [ray.remote(Sleeper).options(num_cpus=0.1, max_restarts=restarts).remote() for _ in range(count)]
+    remote_class: Any = ray.remote(Sleeper)
+    actors = [remote_class.options(num_cpus=0.1, max_restarts=restarts).remote() for _ in range(count)]
     ray.get([actor.ping.remote() for actor in actors])
     return actors
 
@@ -71,8 +72,9 @@ def _run(work: Callable[[], Awaitable[Any]], timeout_s: float = 30) -> Any:
     return asyncio.run(asyncio.wait_for(work(), timeout_s))  # type: ignore[arg-type]
 
 
-def _chunk(number: int) -> ChunkRequest:
-    return number  # type: ignore[return-value]  # the fleet only passes requests on
+async def _generate(fleet: Any, number: Any) -> tuple[int, int, int]:
+    """(process, weights, number) for a chunk that is only a number: the fleet passes requests on as they are."""
+    return (await fleet.generate(number))[0]
 
 
 def _process(actor: Any) -> psutil.Process:
@@ -83,10 +85,10 @@ def test_chunks_spread_over_actors_and_come_back_in_their_places() -> None:
     async def work() -> None:
         fleet = RayFleet(_actors(3))
         await fleet.pull(5, "rollout")
-        answers = await asyncio.gather(*(fleet.generate(_chunk(n)) for n in range(9)))
-        assert [answer[0][2] for answer in answers] == list(range(9))
-        assert len({answer[0][0] for answer in answers}) == 3
-        assert {answer[0][1] for answer in answers} == {5}
+        answers = await asyncio.gather(*(_generate(fleet, n) for n in range(9)))
+        assert [answer[2] for answer in answers] == list(range(9))
+        assert len({answer[0] for answer in answers}) == 3
+        assert {answer[1] for answer in answers} == {5}
         assert len(set(await fleet.probe_all("hello"))) == 3
         await fleet.close()
 
@@ -99,17 +101,17 @@ def test_a_killed_actors_chunks_are_all_answered_and_it_comes_back_with_the_newe
         victim = _process(actors[0])
         fleet = RayFleet(actors)
         await fleet.pull(1, "rollout")
-        jobs = [asyncio.create_task(fleet.generate(_chunk(n))) for n in range(8)]
+        jobs = [asyncio.create_task(_generate(fleet, n)) for n in range(8)]
         await asyncio.sleep(0.05)  # both actors have two chunks now
         victim.kill()
         answers = await asyncio.gather(*jobs)
-        assert [answer[0][2] for answer in answers] == list(range(8))
+        assert [answer[2] for answer in answers] == list(range(8))
         await fleet.pull(2, "rollout")
         pids: set[int] = set()
         while len(pids) < 2:  # until the killed one works again
-            answers = await asyncio.gather(*(fleet.generate(_chunk(n)) for n in range(4)))
-            assert {answer[0][1] for answer in answers} == {2}
-            pids = {answer[0][0] for answer in answers}
+            answers = await asyncio.gather(*(_generate(fleet, n) for n in range(4)))
+            assert {answer[1] for answer in answers} == {2}
+            pids = {answer[0] for answer in answers}
         assert fleet.num_restarts >= 1
         await fleet.close()
 
@@ -121,12 +123,12 @@ def test_every_call_to_an_actor_that_goes_out_of_service_is_taken_back() -> None
         actors = _actors(1)
         fleet = RayFleet(actors)
         await fleet.pull(1, "rollout")
-        jobs = [asyncio.create_task(fleet.generate(_chunk(n))) for n in range(2)]
+        jobs = [asyncio.create_task(_generate(fleet, n)) for n in range(2)]
         await asyncio.sleep(0.05)
         # What RLlib does at the first error of an actor: all its other calls are forgotten by the manager.
         fleet._manager.set_actor_state(0, healthy=False)
         answers = await asyncio.gather(*jobs)
-        assert [answer[0][2] for answer in answers] == [0, 1]
+        assert [answer[2] for answer in answers] == [0, 1]
         await fleet.close()
 
     _run(work)
@@ -137,7 +139,7 @@ def test_an_error_of_the_work_itself_is_raised_as_it_was() -> None:
         fleet = RayFleet(_actors(1))
         await fleet.pull(1, "rollout")
         with pytest.raises(WeightError, match="no weights") as raised:
-            await fleet.generate("broken")  # type: ignore[arg-type]
+            await _generate(fleet, "broken")
         assert type(raised.value) is WeightError
         await fleet.close()
 
@@ -151,7 +153,7 @@ def test_an_actor_that_comes_back_and_cannot_pull_ends_the_run() -> None:
         fleet = RayFleet(actors)
         await fleet.pull(1, "rollout")
         fleet._snapshots["rollout"] = "torn"
-        job = asyncio.create_task(fleet.generate(_chunk(0)))
+        job = asyncio.create_task(_generate(fleet, 0))
         await asyncio.sleep(0.05)
         victim.kill()
         with pytest.raises(WeightError, match="torn"):
@@ -167,7 +169,7 @@ def test_a_snapshot_whose_maker_died_is_an_error_and_not_a_pull() -> None:
         fleet = RayFleet(_actors(2))
         await fleet.pull(1, "rollout")
         lost = maker.publish.options(num_returns=2).remote(2, "dies")[0]
-        with pytest.raises(ray.exceptions.RayError):
+        with pytest.raises(RayError):
             await fleet.pull(lost, "rollout")
         await fleet.close()
 
@@ -178,7 +180,7 @@ def test_a_learner_that_dies_while_it_publishes_is_noticed_at_once() -> None:
     async def work() -> None:
         learner = RayLearner(_actors(1, restarts=0))
         assert ray.get(await learner.publish(3, "rollout")) == 3
-        with pytest.raises(ray.exceptions.RayActorError):
+        with pytest.raises(RayActorError):
             await learner.publish(4, "dies")  # type: ignore[arg-type]
 
     _run(work)
@@ -188,11 +190,11 @@ def test_cancelled_chunks_do_not_block_the_others() -> None:
     async def work() -> None:
         fleet = RayFleet(_actors(1))
         await fleet.pull(1, "rollout")
-        jobs = [asyncio.create_task(fleet.generate(_chunk(n))) for n in range(6)]
+        jobs = [asyncio.create_task(_generate(fleet, n)) for n in range(6)]
         await asyncio.sleep(0.05)
         for job in jobs[:5]:
             job.cancel()
-        assert (await jobs[5])[0][2] == 5
+        assert (await jobs[5])[2] == 5
         await fleet.close()
         assert fleet._pump_task is None or fleet._pump_task.done()
 
