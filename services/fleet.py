@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, WorkerCrashedError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.rllib.utils.actor_manager import CallResult, FaultTolerantActorManager
 
-from raylign.errors import ClusterError
+from raylign.errors import ClusterError, RaylignError
 from raylign.types import RolloutGroup
 from rollout.engine import ChunkRequest, Probe, Slot
-from services.ray_errors import actor_name, unwrap
+from services.ray_errors import NotPulledError, actor_name, unwrap
 from services.roles import SnapshotHandle
 
 # A second chunk waits at each actor, so that it never idles for a round trip.
@@ -71,6 +71,7 @@ class RayFleet:
         self._snapshots: dict[Slot, SnapshotHandle] = {}
         self._tags = (f"call-{n}" for n in itertools.count())
         self._pump_task: asyncio.Task[None] | None = None
+        self._failure: Exception | None = None
         self._next_probe_s = 0.0
         self._last_healthy_s = time.monotonic()
 
@@ -78,8 +79,10 @@ class RayFleet:
         return await self._submit("generate", {"request": request})
 
     async def probe_all(self, text: str) -> list[Probe]:
+        """One per healthy actor; when none is left, the first that comes back."""
         answers = await self._on_every_actor("probe", {"text": text})
-        return [probe for probe in answers if probe is not None]
+        probes = [probe for probe in answers if probe is not None]
+        return probes or [await self._submit("probe", {"text": text})]
 
     async def pull(self, snapshot: SnapshotHandle, slot: Slot) -> None:
         """Every healthy actor loads it; one that is away pulls it when it comes back."""
@@ -95,6 +98,9 @@ class RayFleet:
         if self._pump_task is not None:
             self._pump_task.cancel()
             await asyncio.gather(self._pump_task, return_exceptions=True)
+        for call in self._unfinished():
+            call.future.cancel()
+        self._pool = _Pool()
         self._manager.clear()
 
     async def _on_every_actor(self, verb: str, kwargs: dict[str, Any]) -> list[Any]:
@@ -104,6 +110,8 @@ class RayFleet:
         )
 
     async def _submit(self, verb: str, kwargs: dict[str, Any], actor_id: int | None = None) -> Any:
+        if self._failure is not None:
+            raise self._failure
         future = asyncio.get_running_loop().create_future()
         self._pool.waiting.append(_Call(verb, kwargs, future, actor_id, pinned=actor_id is not None))
         if self._pump_task is None or self._pump_task.done():
@@ -119,14 +127,23 @@ class RayFleet:
                 self._fetch()
                 await asyncio.sleep(_POLL_S)
         except Exception as error:  # noqa: BLE001 - whatever stops the pump must reach those who wait on it, not hang them
-            for call in [*self._pool.waiting, *self._pool.sent.values()]:
-                if not call.future.done():
-                    call.future.set_exception(error)
+            self._failure = error
+            for call in self._unfinished():
+                # Nobody waits on a restoring pull, and asyncio complains of errors that nobody takes.
+                call.future.cancel() if call.restoring else call.future.set_exception(error)
             self._pool = _Pool()
+
+    def _unfinished(self) -> list[_Call]:
+        return [call for call in [*self._pool.waiting, *self._pool.sent.values()] if not call.future.done()]
+
+    def _in_service(self) -> list[int]:
+        """Actors that may draw: healthy, and done with the pulls that bring them back."""
+        restoring = {call.actor_id for call in self._pool.sent.values() if call.restoring}
+        return [actor_id for actor_id in self._manager.healthy_actor_ids() if actor_id not in restoring]
 
     def _send(self) -> None:
         """Hand waiting calls to actors: pinned ones to theirs at once, chunks to the least busy with room."""
-        load = dict.fromkeys(self._manager.healthy_actor_ids(), 0)
+        load = dict.fromkeys(self._in_service(), 0)
         for call in self._pool.sent.values():
             if not call.pinned and call.actor_id in load:
                 load[call.actor_id] += 1
@@ -158,20 +175,21 @@ class RayFleet:
     def _fetch(self) -> None:
         results = cast("Iterator[CallResult]", iter(self._manager.fetch_ready_async_reqs(timeout_seconds=0.0)))
         for result in results:
-            call = self._pool.sent.pop(result.tag, None)
-            if call is None or call.future.done():
-                continue
+            call = self._pool.sent.get(result.tag)
             outcome = result.get()
+            if call is None or (not result.ok and self._is_away(result.actor_id, outcome)):
+                continue  # what an actor that is away has not done is taken back below
+            del self._pool.sent[result.tag]
+            if call.future.done():
+                continue
             if result.ok:
                 call.future.set_result(outcome)
-            elif self._is_death_of(result.actor_id, outcome):
-                self._give_up_actor(call)
             elif call.restoring:
                 # The actor would go on with other weights than the rest, or none.
-                raise unwrap(outcome)
+                raise _plain(call, outcome)
             else:
                 # An error of the work itself would come again on any actor: it ends the run.
-                call.future.set_exception(unwrap(outcome))
+                call.future.set_exception(_plain(call, outcome))
         self._reclaim()
 
     def _reclaim(self) -> None:
@@ -189,27 +207,27 @@ class RayFleet:
             call.actor_id = None
             self._pool.waiting.appendleft(call)
 
-    def _is_death_of(self, actor_id: int, error: Exception) -> bool:
-        """Whether the called actor itself is gone, and not, say, the one that made a call's argument."""
-        if isinstance(error, WorkerCrashedError):
-            return True
-        died = getattr(error, "actor_id", None)
-        return isinstance(error, RayActorError) and died in (None, self._actor_names[actor_id])
+    def _is_away(self, actor_id: int, error: Exception) -> bool:
+        """Whether the called actor itself died, and not, say, the one that made a call's argument."""
+        if isinstance(error, RayTaskError):
+            # The actor lived to report it. One that Ray restarted unseen has no weights: it must be restored.
+            fresh = unwrap(error)
+            return isinstance(fresh, NotPulledError) and fresh.slot in self._snapshots
+        if isinstance(error, RayActorError):
+            return error.actor_id in (None, self._actor_names[actor_id])
+        return isinstance(error, (WorkerCrashedError, NodeDiedError, OutOfMemoryError))
 
     def _restore(self) -> None:
-        """Bring actors back that Ray restarted, with the newest weights of every slot first in their queue."""
+        """Bring actors back that Ray restarted; they draw when they hold the newest weights of every slot."""
         now = time.monotonic()
-        if self._manager.num_healthy_actors() == self._manager.num_actors():
-            self._last_healthy_s = now
-            return
-        if self._manager.num_healthy_actors():
+        if self._in_service():
             self._last_healthy_s = now
         elif now - self._last_healthy_s > _FLEET_LOST_AFTER_S:
             raise ClusterError(
                 f"all {self._manager.num_actors()} rollout actors have been away for {_FLEET_LOST_AFTER_S:.0f} s; "
                 "look at the cluster's nodes and the actors' logs, then `raylign resume`"
             )
-        if now < self._next_probe_s:
+        if now < self._next_probe_s or self._manager.num_healthy_actors() == self._manager.num_actors():
             return
         self._next_probe_s = now + _PROBE_EVERY_S
         for actor_id in self._manager.probe_unhealthy_actors(timeout_seconds=_PROBE_TIMEOUT_S, mark_healthy=True):
@@ -217,3 +235,22 @@ class RayFleet:
                 future = asyncio.get_running_loop().create_future()
                 kwargs = {"snapshot": snapshot, "slot": slot}
                 self._dispatch(_Call("pull", kwargs, future, actor_id, pinned=True, restoring=True), actor_id)
+
+
+def _plain(call: _Call, error: Exception) -> BaseException:
+    """The error for whoever waits on a call: Raylign's own as it was, a lost argument with what to do about it."""
+    plain = unwrap(error)
+    reason = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(plain, RaylignError) or not isinstance(reason, RayError):
+        return plain
+    what = (
+        f"the {call.kwargs['slot']} weights that were to be pulled"
+        if call.verb == "pull"
+        else f"what {call.verb} needs"
+    )
+    lost = ClusterError(
+        f"rollout actor {call.actor_id} lives but {what} are lost ({type(reason).__name__}): the learner that made "
+        "them, or its node, is gone. Look at the cluster's nodes and the learner's log, then `raylign resume`"
+    )
+    lost.__cause__ = reason
+    return lost

@@ -8,7 +8,18 @@ from typing import Any
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from raylign.errors import RaylignError
+from raylign.errors import RaylignError, WeightError
+
+
+class NotPulledError(WeightError):
+    """An actor without weights was asked to work: new, or restarted by Ray while nobody called it."""
+
+    def __init__(self, slot: str) -> None:
+        super().__init__(slot)
+        self.slot = slot
+
+    def __str__(self) -> str:
+        return f"no {self.slot} weights were pulled yet; pull a snapshot before generating"
 
 
 def unwrap(error: BaseException) -> BaseException:

@@ -18,6 +18,7 @@ from raylign.weights import WeightSnapshot
 from rollout.engine import ChunkRequest, Probe, Slot
 from services.assembly import build_engine, build_learner
 from services.config import RunConfig
+from services.ray_errors import NotPulledError
 from services.roles import WhichPolicy
 
 
@@ -29,6 +30,7 @@ class Worker:
         self._rank = rank
         self._engine = build_engine(config) if rollout else None
         self._learner: Any = None
+        self._pulled: set[Slot] = set()
 
     def ping(self) -> str:
         return "pong"
@@ -51,13 +53,22 @@ class Worker:
 
     # Rollout
     def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
+        self._check_pulled(request.slot)
         return self._engine.generate(request)  # type: ignore[union-attr]  # called on rollout workers only
 
     def probe(self, text: str) -> Probe:
+        self._check_pulled("rollout")
         return self._engine.probe(text)  # type: ignore[union-attr]
 
     def pull(self, snapshot: WeightSnapshot, slot: Slot) -> WeightVersion:
-        return self._engine.pull(snapshot, slot)  # type: ignore[union-attr]
+        version = self._engine.pull(snapshot, slot)  # type: ignore[union-attr]
+        self._pulled.add(slot)
+        return version
+
+    def _check_pulled(self, slot: Slot) -> None:
+        """Tell the fleet, which may not know that this process is a new one."""
+        if slot not in self._pulled:
+            raise NotPulledError(slot)
 
     # Learner
     def join_ranks(self, init_method: str) -> None:

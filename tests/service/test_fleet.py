@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray import cloudpickle
+from ray.exceptions import RayActorError
 
-from raylign.errors import WeightError
+from raylign.errors import ClusterError, WeightError
 from services.fleet import RayFleet
 from services.process import local_cluster
+from services.ray_errors import NotPulledError
 from services.ray_learner import RayLearner
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    # By value: workers that imported this module would load torch and RLlib first, seconds each.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with local_cluster(6, tmp_path_factory.mktemp("fleet")):
         yield
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 class Sleeper:
@@ -30,6 +38,8 @@ class Sleeper:
 
     def __init__(self) -> None:
         self.version = -1
+        self.pulled: dict[str, Any] = {}
+        self.log: list[str] = []
 
     def ping(self) -> str:
         return "pong"
@@ -42,14 +52,26 @@ class Sleeper:
 
     def pull(self, snapshot: Any, slot: str) -> int:
         if snapshot == "torn":
+            time.sleep(0.5)  # long enough for a fleet that does not wait to send a chunk
             raise WeightError("the snapshot is torn")
-        self.version = snapshot
+        self.log.append(slot)
+        self.pulled[slot] = snapshot
+        self.version = self.pulled.get("rollout", -1)
         return self.version
+
+    def history(self) -> tuple[list[str], dict[str, Any]]:
+        return self.log, self.pulled
 
     def generate(self, request: Any) -> list[Any]:
         if request == "broken":
             raise WeightError("no weights")
-        time.sleep(0.15)
+        if isinstance(request, Path):
+            with request.open("a") as file:
+                file.write(f"{self.version}\n")
+        if "rollout" not in self.pulled:
+            raise NotPulledError("rollout")
+        self.log.append("chunk")
+        time.sleep(0.2)
         return [(os.getpid(), self.version, request)]
 
     def probe(self, text: str) -> str:
@@ -77,6 +99,18 @@ async def _generate(fleet: Any, number: Any) -> tuple[int, int, int]:
     return (await fleet.generate(number))[0]
 
 
+def _num_in_flight(fleet: Any) -> Counter[int]:
+    return Counter(call.actor_id for call in fleet._pool.sent.values() if call.verb == "generate")
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("did not happen within 10 s")
+
+
 def _process(actor: Any) -> psutil.Process:
     return psutil.Process(ray.get(actor.pid.remote()))
 
@@ -100,9 +134,11 @@ def test_a_killed_actors_chunks_are_all_answered_and_it_comes_back_with_the_newe
         actors = _actors(2)
         victim = _process(actors[0])
         fleet = RayFleet(actors)
+        await fleet.pull(0, "rollout")
+        await fleet.pull(7, "eval")
         await fleet.pull(1, "rollout")
         jobs = [asyncio.create_task(_generate(fleet, n)) for n in range(8)]
-        await asyncio.sleep(0.05)  # both actors have two chunks now
+        await _until(lambda: _num_in_flight(fleet) == {0: 2, 1: 2})
         victim.kill()
         answers = await asyncio.gather(*jobs)
         assert [answer[2] for answer in answers] == list(range(8))
@@ -113,7 +149,79 @@ def test_a_killed_actors_chunks_are_all_answered_and_it_comes_back_with_the_newe
             assert {answer[1] for answer in answers} == {2}
             pids = {answer[0] for answer in answers}
         assert fleet.num_restarts >= 1
+        log, pulled = ray.get(actors[0].history.remote())
+        assert pulled == {"rollout": 2, "eval": 7}
+        assert {"rollout", "eval"} <= set(log[: log.index("chunk")])
         await fleet.close()
+
+    _run(work)
+
+
+def test_an_actor_that_died_idle_and_came_back_unseen_pulls_before_it_works() -> None:
+    async def work() -> None:
+        actors = _actors(1)
+        fleet = RayFleet(actors)
+        await fleet.pull(3, "rollout")
+        _process(actors[0]).kill()
+        while True:  # Ray restarts it, and nobody called it meanwhile
+            try:
+                await actors[0].ping.remote()
+                break
+            except RayActorError:
+                await asyncio.sleep(0.05)
+        assert (await _generate(fleet, 0))[1] == 3
+        assert fleet.num_restarts == 1
+        await fleet.close()
+
+    _run(work)
+
+
+def test_chunks_of_a_dead_actor_are_taken_back_in_their_order() -> None:
+    async def work() -> None:
+        actors = _actors(1)
+        fleet = RayFleet(actors)
+        await fleet.pull(1, "rollout")
+        victim = _process(actors[0])
+        jobs = [asyncio.create_task(_generate(fleet, n)) for n in range(4)]
+        await _until(lambda: len(fleet._pool.sent) == 2)
+        fleet._next_probe_s = float("inf")  # it stays away while the test looks
+        victim.kill()
+        await _until(lambda: not fleet._pool.sent)
+        assert [call.kwargs["request"] for call in fleet._pool.waiting] == [0, 1, 2, 3]
+        fleet._next_probe_s = 0.0
+        await asyncio.gather(*jobs)
+        await fleet.close()
+
+    _run(work)
+
+
+def test_no_actor_gets_more_than_two_chunks_at_once() -> None:
+    async def work() -> None:
+        fleet = RayFleet(_actors(2))
+        await fleet.pull(1, "rollout")
+        jobs = [asyncio.create_task(_generate(fleet, n)) for n in range(12)]
+        most = 0
+        while not all(job.done() for job in jobs):
+            most = max([most, *_num_in_flight(fleet).values()])
+            await asyncio.sleep(0.005)
+        assert most == 2
+        await fleet.close()
+
+    _run(work)
+
+
+def test_closing_ends_those_who_wait_and_leaves_no_task() -> None:
+    async def work() -> None:
+        before = asyncio.all_tasks()
+        fleet = RayFleet(_actors(1))
+        await fleet.pull(1, "rollout")
+        jobs = [asyncio.create_task(_generate(fleet, n)) for n in range(4)]
+        await asyncio.sleep(0.05)
+        await fleet.close()
+        done, waiting = await asyncio.wait(jobs, timeout=2)
+        assert not waiting
+        assert all(job.cancelled() for job in done)
+        assert asyncio.all_tasks() == before
 
     _run(work)
 
@@ -146,18 +254,23 @@ def test_an_error_of_the_work_itself_is_raised_as_it_was() -> None:
     _run(work)
 
 
-def test_an_actor_that_comes_back_and_cannot_pull_ends_the_run() -> None:
+def test_an_actor_that_comes_back_and_cannot_pull_ends_the_run_and_draws_nothing(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+
     async def work() -> None:
         actors = _actors(1)
         victim = _process(actors[0])
         fleet = RayFleet(actors)
         await fleet.pull(1, "rollout")
         fleet._snapshots["rollout"] = "torn"
-        job = asyncio.create_task(_generate(fleet, 0))
-        await asyncio.sleep(0.05)
+        job = asyncio.create_task(_generate(fleet, ran))
+        await _until(ran.exists)
         victim.kill()
         with pytest.raises(WeightError, match="torn"):
             await job
+        assert ran.read_text() == "1\n"  # before the kill; never without the weights that could not be pulled
+        with pytest.raises(WeightError, match="torn"):
+            await _generate(fleet, 0)
         await fleet.close()
 
     _run(work)
@@ -169,7 +282,7 @@ def test_a_snapshot_whose_maker_died_is_an_error_and_not_a_pull() -> None:
         fleet = RayFleet(_actors(2))
         await fleet.pull(1, "rollout")
         lost = maker.publish.options(num_returns=2).remote(2, "dies")[0]
-        with pytest.raises(RayError):
+        with pytest.raises(ClusterError, match=r"pulled are lost .*raylign resume"):
             await fleet.pull(lost, "rollout")
         await fleet.close()
 
