@@ -187,7 +187,7 @@ def make_sinks(names: Sequence[str], run_dir: Path, resumed_step: int | None = N
     opened: list[MetricsSink] = []
     try:
         opened.extend(SINKS[name](run_dir, resumed_step) for name in names)
-    except BaseException:
+    except BaseException:  # whatever stops the opening, what is open is closed
         SinkFan(opened).close()
         raise
     return SinkFan(opened)

@@ -110,7 +110,7 @@ class RunConsole:
         self._phases[name] = Spinner("dots", Text(f"{name} …", "dim"), style="cyan")
         try:
             yield
-        except BaseException:
+        except BaseException:  # also Ctrl-C: the person sees what was waited for
             self._say(Text.assemble(("✗ ", "red"), f"{name} after {duration(self._clock() - began)}"))
             raise
         else:

@@ -213,7 +213,7 @@ class RewardService:
                 ingress = _ingress_application(tuple(rewards), service, app_names, digest)
                 _deploy({http_app: ingress}, "/", service.start_timeout_s)
                 _wait_for_proxy()
-        except BaseException:
+        except BaseException:  # whatever stops the start, nothing is left on the cluster
             _remove([*app_names.values(), http_app])
             raise
         handles = {config.name: handle for config, handle in zip(rewards, deployed, strict=True)}

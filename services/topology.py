@@ -120,7 +120,7 @@ async def _build_on_ray(config: RunConfig, phase: Phase, own_cluster: bool) -> T
                 await _join_ranks(rank_workers)
             with phase("rollout actors"):
                 await asyncio.gather(*(answer(worker.ping.remote()) for worker in rollout_workers))
-    except BaseException:
+    except BaseException:  # also Ctrl-C: a joined cluster is left as it was
         for stop_one in stop:
             stop_one()
         raise
