@@ -21,6 +21,11 @@ STD_EPS = 1e-4
 """Added to the standard deviation, as in Flow-GRPO and DiffusionNFT (DDPO uses 1e-6, DanceGRPO 1e-8)."""
 
 
+def credit_groups(groups: Sequence[RolloutGroup], std: AdvantageStd, clip: float) -> list[Advantage]:
+    """One Advantage per group from its siblings' mixed rewards: the credit that the GRPO and NFT families share."""
+    return group_advantages([group_rewards(group) for group in groups], std, clip)
+
+
 def group_rewards(group: RolloutGroup) -> list[float | None]:
     """The mixed reward of each sibling; None for one that failed to generate or to be scored."""
     return [rollout.total if rollout.status is RolloutStatus.OK else None for rollout in group.rollouts]

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from learner.advantages import AdvantageStd, group_advantages, group_rewards
+from learner.advantages import AdvantageStd, credit_groups
 from learner.algorithms.base import ItemLosses, RolloutPolicy, check_count, usable_steps
 from learner.batching import MicroBatch
 from learner.losses import KlSpace, clipped_policy_loss, norm_ratio, reference_kl
@@ -75,8 +75,7 @@ class FlowGrpo:
         return self.config.rollout_policy
 
     def credit(self, groups: Sequence[RolloutGroup]) -> list[Advantage]:
-        rewards = [group_rewards(group) for group in groups]
-        return group_advantages(rewards, self.config.advantage_std, self.config.adv_clip)
+        return credit_groups(groups, self.config.advantage_std, self.config.adv_clip)
 
     def items(self, keys: Sequence[SampleKey], run_seed: int, step: int) -> torch.Tensor:
         """The same steps for every sample, in order, so that a micro-batch holds one step."""

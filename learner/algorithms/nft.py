@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from learner.advantages import AdvantageStd, group_advantages, group_rewards, r_from_advantage
+from learner.advantages import AdvantageStd, credit_groups, r_from_advantage
 from learner.algorithms.base import ItemLosses, RolloutPolicy, check_count, usable_steps
 from learner.batching import MicroBatch
 from learner.losses import nft_loss, norm_ratio, velocity_mse
@@ -91,8 +91,7 @@ class Nft:
         return self.config.rollout_policy
 
     def credit(self, groups: Sequence[RolloutGroup]) -> list[Advantage]:
-        rewards = [group_rewards(group) for group in groups]
-        return group_advantages(rewards, self.config.advantage_std, self.config.adv_clip)
+        return credit_groups(groups, self.config.advantage_std, self.config.adv_clip)
 
     def items(self, keys: Sequence[SampleKey], run_seed: int, step: int) -> torch.Tensor:
         """The first levels of a random permutation of the sampler's, each sample its own."""
