@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Flag, StrEnum, auto
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,6 +87,10 @@ class RewardScore:
     version: str = ""
     seconds: float = 0.0
     details: Mapping[str, JsonValue] = field(default_factory=dict[str, JsonValue])
+    fingerprint: str = ""
+    """Of the model files behind it; empty when there are none beside what `version` names."""
+    cache: Literal["hit", "miss", "bypass"] = "bypass"
+    """Whether it was remembered, scored and remembered, or scored without a cache."""
 
     def __post_init__(self) -> None:
         if (self.value is None) == (self.error is None):
@@ -114,6 +118,13 @@ class RewardSample:
     image_HWC: np.ndarray | None = None
     text: str | None = None
     seed: int = 0
+    """For rewards that draw (a judge's answer): equal samples with equal seeds score the same."""
+    reference: str | None = None
+    """The right answer or a reference answer, for rewards that compare with one."""
+    group_id: str = ""
+    """Names the siblings of one prompt in a request; empty when it does not matter."""
+    more_images_HWC: tuple[np.ndarray, ...] = ()
+    """Further pictures of the same sample (views, frames); rewards that look at one picture refuse them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import Field, model_validator
 
@@ -45,8 +46,24 @@ class RewardConfig(Config):
         return data
 
 
+class Params(Config):
+    """Base of what a request may set for one reward, within the bounds that its operator configured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A sample that deserves nothing; a judge that gives it more than `highest` can be fooled."""
+
+    name: str
+    sample: RewardSample
+    highest: float
+
+
 class Reward(Protocol):
-    """One reward. Adding one: a file with its config and class, and a row in `rewards/__init__.py`."""
+    """One reward. Adding one: a file with its config and class, and a row in `rewards/__init__.py`.
+
+    A reward may also have what `TakesParams`, `ScoresGroups` and `HasCanaries` describe.
+    """
 
     @property
     def name(self) -> str:
@@ -75,7 +92,26 @@ class Reward(Protocol):
 
     @property
     def deterministic(self) -> bool:
-        """Whether equal samples always score the same."""
+        """Whether equal samples, their seeds among them, always score the same; only such scores are remembered."""
+        ...
+
+    @property
+    def uses_seed(self) -> bool:
+        """Whether a score depends on the sample's seed."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the model files behind it, known after `load`; empty when `version` says it all."""
+        ...
+
+    @property
+    def metadata_keys(self) -> Mapping[str, str]:
+        """Every key of a prompt's metadata that a score depends on, with what it means."""
+        ...
+
+    def probe(self) -> RewardSample | None:
+        """A small sample that a healthy replica gives a value; None when scoring one would cost somebody else."""
         ...
 
     def load(self) -> None:
@@ -91,19 +127,60 @@ class Reward(Protocol):
         ...
 
 
+@runtime_checkable
+class TakesParams(Protocol):
+    """A reward that a request may adjust."""
+
+    @property
+    def params_model(self) -> type[Params]:
+        """What may be set; its JSON schema is published."""
+        ...
+
+    def with_params(self, params: Params) -> Reward:
+        """The same reward, engine and all, adjusted. Its name stays; its version need not say the parameters."""
+        ...
+
+
+@runtime_checkable
+class ScoresGroups(Protocol):
+    """A reward that compares the candidates of one prompt; the values are comparable within one call only."""
+
+    async def score_group(self, samples: Sequence[RewardSample]) -> list[RewardScore]:
+        """One score per candidate, in order; an error in a candidate's score leaves the others their own."""
+        ...
+
+
+@runtime_checkable
+class HasCanaries(Protocol):
+    """A judge that ships the samples that fool judges."""
+
+    def canaries(self) -> Sequence[Canary]:
+        """Scored when the service starts; one above its limit is reported as a failed readiness check."""
+        ...
+
+
 def success(
     reward: Reward, value: float, seconds: float = 0.0, details: Mapping[str, JsonValue] | None = None
 ) -> RewardScore:
     """A reward's value for one sample."""
     return RewardScore(
-        name=reward.name, value=value, version=reward.version, seconds=seconds, details=dict(details or {})
+        name=reward.name,
+        value=value,
+        version=reward.version,
+        seconds=seconds,
+        details=dict(details or {}),
+        fingerprint=reward.fingerprint,
     )
 
 
 def failure(reward: Reward, code: FailureCode, message: str, retryable: bool = False) -> RewardScore:
     """A reward's error for one sample. The message may travel to clients: no exception text, no paths."""
     return RewardScore(
-        name=reward.name, value=None, error=RewardFailure(code, message, retryable), version=reward.version
+        name=reward.name,
+        value=None,
+        error=RewardFailure(code, message, retryable),
+        version=reward.version,
+        fingerprint=reward.fingerprint,
     )
 
 
@@ -112,6 +189,8 @@ def image_problem(sample: RewardSample) -> str | None:
     image_HWC = sample.image_HWC
     if image_HWC is None:
         return "the sample has no image"
+    if sample.more_images_HWC:
+        return f"this reward looks at one image, got {1 + len(sample.more_images_HWC)}"
     if image_HWC.dtype.name != "uint8" or image_HWC.ndim != 3 or image_HWC.shape[2] != 3:
         return f"the image must be uint8 (height, width, 3), got {image_HWC.dtype.name} {image_HWC.shape}"
     height, width = image_HWC.shape[:2]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -40,6 +40,9 @@ class JpegReward:
     range: tuple[float, float] | None = None
     higher_is_better = True
     deterministic = True
+    uses_seed = False
+    fingerprint = ""
+    metadata_keys: Mapping[str, str] = {}
 
     def __init__(self, config: JpegConfig) -> None:
         from PIL import __version__ as pillow_version
@@ -51,6 +54,11 @@ class JpegReward:
 
     def load(self) -> None:
         """Nothing to build."""
+
+    def probe(self) -> RewardSample:
+        import numpy as np
+
+        return RewardSample("probe", Prompt("probe", ""), np.zeros((8, 8, 3), np.uint8))
 
     def check(self, prompt: Prompt) -> None:
         """Any prompt will do."""

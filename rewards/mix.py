@@ -5,15 +5,27 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 from raylign.errors import ConfigError
 from raylign.types import Prompt, RewardBreakdown, RewardSample, RewardScore
 from rewards.base import Reward, RewardConfig, score_totally
 
 
-def mix(
-    scores_by_reward: Mapping[str, Sequence[RewardScore]], configs: Sequence[RewardConfig]
-) -> list[RewardBreakdown]:
+class Weighed(Protocol):
+    """What the mix needs to know of a reward: its configuration, or what a request asks for."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def required(self) -> bool: ...
+
+
+def mix(scores_by_reward: Mapping[str, Sequence[RewardScore]], configs: Sequence[Weighed]) -> list[RewardBreakdown]:
     """One breakdown per sample from one list of scores per reward, each in sample order.
 
     The total is the sum of weight * value. A failed required reward leaves no total. A failed optional one is left
@@ -23,7 +35,7 @@ def mix(
     return [_mix_one(scores, configs) for scores in zip(*columns, strict=True)]
 
 
-def _mix_one(scores: tuple[RewardScore, ...], configs: Sequence[RewardConfig]) -> RewardBreakdown:
+def _mix_one(scores: tuple[RewardScore, ...], configs: Sequence[Weighed]) -> RewardBreakdown:
     total = 0.0
     weight_all = weight_left = 0.0
     for score, config in zip(scores, configs, strict=True):

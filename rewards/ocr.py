@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Literal
 
@@ -53,6 +53,9 @@ class OcrReward:
     range: tuple[float, float] | None = (0.0, 1.0)
     higher_is_better = True
     deterministic = True
+    uses_seed = False
+    fingerprint = ""
+    metadata_keys: Mapping[str, str] = {"target": "the text the picture should show; the quoted text when not given"}
 
     def __init__(self, config: OcrConfig, engine: OcrEngine | None = None) -> None:
         """`engine` replaces the configured one. Raises ConfigError when RapidOCR is not installed."""
@@ -63,6 +66,11 @@ class OcrReward:
 
     def load(self) -> None:
         self._engine.load()
+
+    def probe(self) -> RewardSample:
+        import numpy as np
+
+        return RewardSample("probe", Prompt("probe", 'the text "A"'), np.full((32, 64, 3), 255, np.uint8))
 
     def check(self, prompt: Prompt) -> None:
         self._target(prompt)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import random
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
@@ -15,6 +14,7 @@ from pydantic import JsonValue, ValidationError
 
 from raylign.types import RewardBreakdown, RewardFailure, RewardSample
 from rewards.images import encode_png
+from rewards.retry import RetryPolicy, post_with_retries
 from rewards.wire import (
     REQUEST_PART,
     InlineImage,
@@ -26,11 +26,6 @@ from rewards.wire import (
     ScoreSample,
     breakdown_of,
 )
-
-BACKOFF_BASE_S = 0.25
-BACKOFF_MAX_S = 15.0
-RETRY_AFTER_MAX_S = 60.0
-_RETRIED_STATUS = (408, 429)
 
 
 class RewardClient:
@@ -58,11 +53,9 @@ class RewardClient:
         timeout = httpx.Timeout(timeout_s, connect=min(10.0, timeout_s))
         self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, transport=transport)
         self._form = form
-        self._max_attempts = max_attempts
         self._max_samples = max_samples
         self._in_flight = asyncio.Semaphore(max_in_flight)
-        self._sleep = sleep
-        self._jitter = random.Random()
+        self._retry = RetryPolicy(max_attempts, sleep=sleep)
 
     async def __aenter__(self) -> RewardClient:
         return self
@@ -101,26 +94,8 @@ class RewardClient:
         """Post until there is an answer that trying again would not change."""
         request, files = await asyncio.to_thread(_encode, samples, only, self._form)
         body = request.model_dump_json()
-        failure = RewardFailure("model_error", "no attempt was made")
-        for attempt in range(self._max_attempts):
-            wait_s = 0.0
-            try:
-                response = await self._post(body, files)
-            except httpx.TimeoutException:
-                failure = RewardFailure("timeout", "the reward service did not answer in time", retryable=True)
-            except httpx.TransportError as error:
-                failure = RewardFailure("model_error", f"reward service unreachable: {type(error).__name__}", True)
-            else:
-                if response.is_success:
-                    return _parse(response)
-                failure = _refusal(response)
-                wait_s = _retry_after(response)
-            if not failure.retryable:
-                return failure
-            if attempt + 1 < self._max_attempts:
-                backoff = self._jitter.uniform(0, min(BACKOFF_MAX_S, BACKOFF_BASE_S * 2**attempt))
-                await self._sleep(max(wait_s, backoff))
-        return failure
+        answer = await post_with_retries(lambda: self._post(body, files), self._retry, "the reward service")
+        return answer if isinstance(answer, RewardFailure) else _parse(answer)
 
     async def _post(self, body: str, files: Sequence[tuple[str, bytes]]) -> httpx.Response:
         if self._form == "json":
@@ -167,19 +142,3 @@ def _parse(response: httpx.Response) -> ScoreResponse | RewardFailure:
     except ValidationError as error:
         problems = error.error_count()
         return RewardFailure("model_error", f"the answer breaks the schema in {problems} place(s); check the versions")
-
-
-def _refusal(response: httpx.Response) -> RewardFailure:
-    """An answer that is not 200. Its body is shown as text, never interpreted."""
-    status = response.status_code
-    retryable = status in _RETRIED_STATUS or status >= 500
-    code = {408: "timeout", 504: "timeout", 429: "overloaded", 503: "overloaded"}.get(status)
-    if code is None:
-        code = "model_error" if status >= 500 or status in (401, 403) else "invalid_input"
-    return RewardFailure(code, f"the reward service answered {status}: {response.text[:300]}", retryable)
-
-
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds that the server asks to wait; a date or nonsense counts as nothing."""
-    text = response.headers.get("Retry-After", "")
-    return min(float(text), RETRY_AFTER_MAX_S) if text.isdigit() else 0.0

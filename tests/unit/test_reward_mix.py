@@ -1,7 +1,7 @@
 """The mix, by hand: weights, failures, and what survives a misbehaving reward."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -84,11 +84,16 @@ class Fussy:
     range = (0.0, 1.0)
     higher_is_better = True
     deterministic = True
+    uses_seed = False
+    fingerprint = ""
+    metadata_keys: Mapping[str, str] = {}
 
     def __init__(self, short: bool = False) -> None:
         self.short = short
 
     def load(self) -> None: ...
+
+    def probe(self) -> None: ...
 
     def check(self, prompt: Prompt) -> None:
         raise PromptError(f"prompt {prompt.id!r} is not to my taste")

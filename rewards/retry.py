@@ -1,0 +1,77 @@
+"""Posting to a server that may be busy: what may pass is tried again, what will not pass is an error at once.
+
+Retried are 408, 429, 5xx and broken connections, with full jitter and the server's Retry-After.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import httpx
+
+from raylign.types import RewardFailure
+
+RETRY_AFTER_MAX_S = 60.0
+_RETRIED_STATUS = (408, 429)
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often, and how long to wait in between: up to `base_s` * 2^attempt, at most `max_s`, at random."""
+
+    max_attempts: int = 4
+    base_s: float = 0.25
+    max_s: float = 15.0
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    jitter: random.Random = field(default_factory=random.Random)
+
+    async def wait(self, attempt: int, at_least_s: float) -> None:
+        backoff = self.jitter.uniform(0, min(self.max_s, self.base_s * 2**attempt))
+        await self.sleep(max(at_least_s, backoff))
+
+
+async def post_with_retries(
+    post: Callable[[], Awaitable[httpx.Response]], policy: RetryPolicy, server: str
+) -> httpx.Response | RewardFailure:
+    """The first answer that is 2xx, or the failure that trying again would not change or did not.
+
+    `post` sends the same request each time. `server` names the other side in messages. Cancellation passes through.
+    """
+    failure = RewardFailure("model_error", "no attempt was made")
+    for attempt in range(policy.max_attempts):
+        wait_s = 0.0
+        try:
+            response = await post()
+        except httpx.TimeoutException:
+            failure = RewardFailure("timeout", f"{server} did not answer in time", retryable=True)
+        except httpx.TransportError as error:
+            failure = RewardFailure("model_error", f"{server} is unreachable: {type(error).__name__}", retryable=True)
+        else:
+            if response.is_success:
+                return response
+            failure = refusal(response, server)
+            wait_s = retry_after_s(response)
+        if not failure.retryable:
+            return failure
+        if attempt + 1 < policy.max_attempts:
+            await policy.wait(attempt, wait_s)
+    return failure
+
+
+def refusal(response: httpx.Response, server: str) -> RewardFailure:
+    """An answer that is not 2xx, as a failure. Its body is shown as text, never interpreted."""
+    status = response.status_code
+    retryable = status in _RETRIED_STATUS or status >= 500
+    code = {408: "timeout", 504: "timeout", 429: "overloaded", 503: "overloaded"}.get(status)
+    if code is None:
+        code = "model_error" if status >= 500 or status in (401, 403) else "invalid_input"
+    return RewardFailure(code, f"{server} answered {status}: {response.text[:300]}", retryable)
+
+
+def retry_after_s(response: httpx.Response) -> float:
+    """Seconds that the server asks to wait; a date or nonsense counts as nothing."""
+    text = response.headers.get("Retry-After", "")
+    return min(float(text), RETRY_AFTER_MAX_S) if text.isdigit() else 0.0
