@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import Field, model_validator
@@ -48,6 +48,16 @@ class RewardConfig(Config):
 
 class Params(Config):
     """Base of what a request may set for one reward, within the bounds that its operator configured."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardAsk:
+    """One reward in a request: which, how much it counts, and what the request sets for it."""
+
+    name: str
+    weight: float = 1.0
+    required: bool = True
+    params: Mapping[str, JsonValue] = field(default_factory=dict[str, JsonValue])
 
 
 @dataclass(frozen=True, slots=True)
