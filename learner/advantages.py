@@ -2,13 +2,14 @@
 
 The group-relative advantage of GRPO, as Flow-GRPO (2505.05470, "group relative advantage") and DiffusionNFT
 (2509.16117, "optimality reward") use it. Their papers divide by the group's own deviation; both codebases, and our
-default, divide by the deviation of *all* samples of the step.
+default, divide by the deviation of *all* samples of the step. GDPO (2601.05242) is for several rewards of unlike
+scale: each gets its own group-relative advantage before it is weighed, so that none drowns the others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -16,13 +17,15 @@ import torch
 from raylign.errors import NumericsError
 from raylign.types import Advantage, RolloutGroup, RolloutStatus
 
-AdvantageStd = Literal["global", "group"]
+AdvantageStd = Literal["global", "group", "gdpo"]
 STD_EPS = 1e-4
 """Added to the standard deviation, as in Flow-GRPO and DiffusionNFT (DDPO uses 1e-6, DanceGRPO 1e-8)."""
 
 
 def credit_groups(groups: Sequence[RolloutGroup], std: AdvantageStd, clip: float) -> list[Advantage]:
     """One Advantage per group from its siblings' mixed rewards: the credit that the GRPO and NFT families share."""
+    if std == "gdpo":
+        return decoupled_advantages([_weighed_rewards(group) for group in groups], clip)
     return group_advantages([group_rewards(group) for group in groups], std, clip)
 
 
@@ -61,6 +64,35 @@ def group_advantages(
     return advantages
 
 
+WeighedRewards = Mapping[str, tuple[float, float]]
+"""One sample's rewards: (value, weight) by name."""
+
+
+def decoupled_advantages(
+    rewards: Sequence[Sequence[WeighedRewards | None]], clip: float | None = None, eps: float = STD_EPS
+) -> list[Advantage]:
+    """GDPO (2601.05242): per reward k, A_k = (r_k - mean of the group) / (std of the group + eps); then
+    A = sum over k of w_k A_k, and (A - mean of the batch) / (std of the batch + eps), clipped to ±clip.
+
+    None is a failed sample: it enters no mean and no deviation and carries 0. A sample that lacks an optional reward
+    has its other weights grown to the same sum of magnitudes, as in the mix. Deviations are biased; equal rewards
+    give exactly 0. Raises NumericsError for an infinite reward or advantage.
+    """
+    sums_G = [_weighed_sum(group, eps) for group in rewards]
+    valid_G = [torch.tensor([sample is not None for sample in group], dtype=torch.bool) for group in rewards]
+    pooled = torch.cat([s[ok] for s, ok in zip(sums_G, valid_G, strict=True)]) if rewards else torch.empty(0)
+    mean, scale = (pooled.mean() if len(pooled) else torch.zeros(())), _biased_std(pooled) + eps
+    advantages: list[Advantage] = []
+    for sums, ok in zip(sums_G, valid_G, strict=True):
+        adv = torch.where(ok, (sums - mean) / scale, 0.0)
+        if clip is not None:
+            adv = adv.clamp(-clip, clip)
+        if not bool(torch.isfinite(adv).all() and torch.isfinite(scale)):
+            raise NumericsError(f"advantages from sums {sums.tolist()} are not finite; rescale the rewards")
+        advantages.append(Advantage(adv.float(), ok))
+    return advantages
+
+
 def r_from_advantage(adv_N: torch.Tensor, clip: float) -> torch.Tensor:
     """DiffusionNFT's optimality reward (2509.16117), r = clamp(clip(A, ±c) / 2c + 1/2, 0, 1), (N,).
 
@@ -86,6 +118,32 @@ def credit_metrics(groups: Sequence[RolloutGroup], advantages: Sequence[Advantag
         "reward/zero_variance_groups": float(zero_variance),
         "batch/valid_samples": float(len(magnitudes)),
     }
+
+
+def _weighed_rewards(group: RolloutGroup) -> list[WeighedRewards | None]:
+    """Each sibling's values and weights by reward; None for one without a total."""
+    found: list[WeighedRewards | None] = []
+    for rollout, total in zip(group.rollouts, group_rewards(group), strict=True):
+        if total is None or rollout.reward is None:
+            found.append(None)
+            continue
+        pairs = zip(rollout.reward.scores, rollout.reward.weights, strict=True)
+        found.append({score.name: (score.value, weight) for score, weight in pairs if score.value is not None})
+    return found
+
+
+def _weighed_sum(group: Sequence[WeighedRewards | None], eps: float) -> torch.Tensor:
+    """Sum over rewards of weight * group-relative advantage, (G,) float64; 0 for failed samples."""
+    total_G = torch.zeros(len(group), dtype=torch.float64)
+    weight_by_name = {name: weight for sample in group if sample for name, (_, weight) in sample.items()}
+    weight_all = math.fsum(abs(weight) for weight in weight_by_name.values())
+    present_G = torch.zeros(len(group), dtype=torch.float64)
+    for name, weight in weight_by_name.items():
+        values_G = _rewards_tensor([sample[name][0] if sample and name in sample else None for sample in group])
+        has_G = ~torch.isnan(values_G)
+        total_G += weight * _centred(values_G, has_G) / (_biased_std(values_G[has_G]) + eps)
+        present_G += abs(weight) * has_G
+    return torch.where(present_G > 0, total_G * weight_all / present_G, 0.0)
 
 
 def _rewards_tensor(values: Sequence[float | None]) -> torch.Tensor:

@@ -107,6 +107,9 @@ class RewardBreakdown:
     scores: tuple[RewardScore, ...]
     failure: RewardFailure | None = None
     """Why no reward was asked, if so."""
+    weights: tuple[float, ...] = ()
+    """What each score counts in the total, in the order of `scores`; for credit that weighs rewards after it has
+    normalised each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ class FlowGrpoConfig(Config):
     adv_clip: float = Field(default=5.0, gt=0)
     """Largest advantage."""
     advantage_std: AdvantageStd = "global"
-    """Divide by the deviation of the whole step or of each group."""
+    """Divide by the deviation of the whole step, or of each group; gdpo: each reward by its own group's, then weigh."""
     kl_weight: float = Field(default=0.04, ge=0)
     """Weight of the distance to the reference; .01 for PickScore in the paper."""
     kl_space: KlSpace = "mean_over_std2_no_dt"

@@ -53,7 +53,7 @@ class NftConfig(Config):
     adv_clip: float = Field(default=5.0, gt=0)
     """Advantages of this size become r = 0 or 1; also the policy loss's factor. Smaller is sharper."""
     advantage_std: AdvantageStd = "global"
-    """Divide by the deviation of the whole step or of each group."""
+    """Divide by the deviation of the whole step, or of each group; gdpo: each reward by its own group's, then weigh."""
     num_train_times: int | None = Field(default=None, ge=1)
     """Noise levels trained per sample, drawn from the sampler's; int(.99 num_steps) when not given."""
     kl_weight: float = Field(default=1e-4, ge=0)

@@ -11,9 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.advantages import STD_EPS, credit_metrics, group_advantages, group_rewards
+from learner.advantages import (
+    STD_EPS,
+    credit_groups,
+    credit_metrics,
+    decoupled_advantages,
+    group_advantages,
+    group_rewards,
+)
 from raylign.errors import NumericsError
-from raylign.types import Needs
+from raylign.types import Needs, RewardBreakdown, RewardFailure, RewardScore
 from tests.tiny_models import ToyPolicy, draw_groups, euler
 
 REWARDS = [[1.0, 2.0, 3.0], [10.0, 10.0, 16.0]]
@@ -105,3 +112,71 @@ def test_group_rewards_and_metrics_of_drawn_groups() -> None:
     assert metrics["reward/zero_variance_groups"] == 1
     assert metrics["reward/std_within_group"] == pytest.approx((np.std([0, 1, 1]) + 0.0) / 2)
     assert metrics["advantage/abs_mean"] > 0
+
+
+def decoupled(groups: Sequence[Sequence[dict[str, tuple[float, float]] | None]], **options: float) -> list[list[float]]:
+    return [advantage.adv_G.tolist() for advantage in decoupled_advantages(groups, **options)]
+
+
+def test_decoupled_credit_tells_apart_what_the_sum_cannot() -> None:
+    # Two 0/1 rewards. In the sum, earning the rare one or the common one is worth the same.
+    one, half = [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]
+    mixed = rows([[a + b for a, b in zip(one, half, strict=True)]])[0]
+    assert mixed[0] == mixed[2]
+    # Apart, by hand: "rare" has mean 1/4 and deviation sqrt(3)/4, "half" has 1/2 and 1/2.
+    group = [{"rare": (a, 1.0), "half": (b, 1.0)} for a, b in zip(one, half, strict=True)]
+    s_rare, s_half = math.sqrt(3) / 4 + STD_EPS, 0.5 + STD_EPS
+    sums = np.array([0.75 / s_rare - 0.5 / s_half, -0.25 / s_rare - 0.5 / s_half, *[-0.25 / s_rare + 0.5 / s_half] * 2])
+    expected = (sums - sums.mean()) / (sums.std() + STD_EPS)
+    assert decoupled([group])[0] == pytest.approx(expected.tolist(), rel=1e-6)
+    assert expected[0] > expected[2] > expected[1]
+
+
+def test_decoupled_credit_does_not_care_for_a_rewards_scale() -> None:
+    values = [(0.2, 30.0), (0.4, 10.0), (0.9, 20.0)]
+    small = decoupled([[{"a": (a, 1.0), "b": (b, 0.5)} for a, b in values]])
+    large = decoupled([[{"a": (1000 * a, 1.0), "b": (b, 0.5)} for a, b in values]])
+    assert small[0] == pytest.approx(large[0], abs=2e-3)
+
+
+def test_the_sum_is_scaled_by_the_whole_batch() -> None:
+    # Weights 1 and 3 in groups of two: each group's sums are ±1 and ±3 (up to eps), the batch's deviation sqrt(5).
+    groups = [[{"a": (0.0, 1.0)}, {"a": (2.0, 1.0)}], [{"a": (0.0, 3.0)}, {"a": (2.0, 3.0)}]]
+    expected = [[-1 / math.sqrt(5), 1 / math.sqrt(5)], [-3 / math.sqrt(5), 3 / math.sqrt(5)]]
+    for got, wanted in zip(decoupled(groups), expected, strict=True):
+        assert got == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_missing_optional_reward_leaves_its_weight_to_the_others() -> None:
+    # "b" is 5 for both that have it, so it credits nobody; "a" has mean 2/3 and deviation sqrt(2)/3 (plus eps).
+    group = [{"a": (0.0, 1.0), "b": (5.0, 1.0)}, {"a": (1.0, 1.0), "b": (5.0, 1.0)}, {"a": (1.0, 1.0)}]
+    std = math.sqrt(2) / 3 + STD_EPS
+    sums = np.array([-2 / 3 / std, 1 / 3 / std, 2 * 1 / 3 / std])  # the third: weights 1 of 2 present, so doubled
+    expected = (sums - sums.mean()) / (sums.std() + STD_EPS)
+    assert decoupled([group])[0] == pytest.approx(expected.tolist(), rel=1e-6)
+
+
+def test_failed_samples_enter_no_decoupled_mean() -> None:
+    fine = [{"a": (0.0, 1.0)}, {"a": (1.0, 1.0)}, {"a": (3.0, 1.0)}]
+    (alone,), (with_failure,) = decoupled([fine]), decoupled([[fine[0], None, *fine[1:]]])
+    assert [with_failure[0], *with_failure[2:]] == alone
+    assert with_failure[1] == 0.0
+    assert decoupled([[None, None]]) == [[0.0, 0.0]]
+    assert decoupled([[{"a": (0.1, 1.0)}] * 3]) == [[0.0] * 3]
+
+
+def test_decoupled_credit_of_drawn_groups_reads_scores_and_weights() -> None:
+    def breakdown(group: int, sibling: int) -> RewardBreakdown:
+        if sibling == 3:
+            return RewardBreakdown(None, (RewardScore("a", None, RewardFailure("timeout", "late")),), None, (1.0,))
+        scores = (RewardScore("a", float(sibling)), RewardScore("b", 100.0 * (sibling == 1)))
+        return RewardBreakdown(float(sibling), scores, None, (1.0, -0.5))
+
+    groups = [
+        group.with_rewards([breakdown(place, sibling) for sibling in range(group.group_size)])
+        for place, group in enumerate(draw_groups(ToyPolicy(), euler(), Needs.FINAL))
+    ]
+    given = [[{"a": (float(i), 1.0), "b": (100.0 * (i == 1), -0.5)} for i in range(3)] + [None]] * len(groups)
+    for got, wanted in zip(credit_groups(groups, "gdpo", 5.0), decoupled(given, clip=5.0), strict=True):
+        assert got.adv_G.tolist() == wanted
+        assert got.valid_G.tolist() == [True, True, True, False]
