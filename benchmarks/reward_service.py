@@ -71,7 +71,7 @@ def loaded_mix(names: Sequence[str]) -> Any:
     """The in-process scorer of the named rewards, loaded."""
     from pydantic import TypeAdapter
 
-    from rewards import RewardUnion
+    from rewards import RewardUnion, make_mix
 
     scorer = make_mix([TypeAdapter[Any](RewardUnion).validate_python({"type": name}) for name in names])
     for _, reward in scorer.rewards:
