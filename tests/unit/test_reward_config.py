@@ -7,7 +7,7 @@ import pytest
 
 from raylign.config import load_config, parse_config
 from raylign.errors import ConfigError
-from services.reward_config import RewardServerConfig, ServiceConfig, is_loopback
+from services.reward_config import CacheConfig, RewardServerConfig, ServiceConfig, is_loopback
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "rewards_cpu.toml"
 
@@ -27,11 +27,56 @@ def test_the_shipped_file_uses_every_reward() -> None:
         ({"rewards": [{"type": "ocr"}, {"type": "ocr"}]}, "ocr occur more than once"),
         ({"rewards": []}, "at least 1"),
         ({"rewards": [{"type": "ocr", "weight": float("nan")}]}, "finite"),
+        ({"rewards": [{"type": "ocr"}], "service": {"per_reward": {"orc": {}}}}, "per_reward.orc: .* mean 'ocr'"),
+        (
+            {"rewards": [{"type": "ocr"}], "service": {"per_reward": {"x9": {}}}},
+            "no reward has this name; rewards: ocr",
+        ),
+        (
+            {"rewards": [{"type": "ocr"}], "service": {"per_reward": {"ocr": {"num_replcas": 2}}}},
+            "did you mean `num_replicas`",
+        ),
+        ({"rewards": [{"type": "ocr"}], "service": {"autoscaling": {"min_replicas": 5}}}, "below min_replicas 5"),
+        ({"rewards": [{"type": "ocr"}], "service": {"autoscaling": {}, "num_replicas": 2}}, "keep one of them"),
+        ({"rewards": [{"type": "ocr"}], "service": {"cache": {"type": "redsi"}}}, "service.cache.type"),
     ],
 )
 def test_mistakes_are_named(data: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config(RewardServerConfig, data, "test")
+
+
+def test_a_reward_is_served_by_the_defaults_and_its_own_keys() -> None:
+    service = parse_config(
+        ServiceConfig,
+        {
+            "num_replicas": 3,
+            "max_batch_size": 4,
+            "per_reward": {
+                "judge": {"num_gpus_per_replica": 0.25, "autoscaling": {"max_replicas": 6}},
+                "ocr": {"timeout_s": 9},
+            },
+        },
+        "test",
+    )
+    judge, ocr, jpeg = (service.serving(name) for name in ("judge", "ocr", "jpeg"))
+    assert (judge.num_gpus_per_replica, judge.max_batch_size, judge.max_replicas) == (0.25, 4, 6)
+    assert (ocr.timeout_s, ocr.max_batch_size, ocr.max_replicas) == (9, 4, 3)
+    assert (jpeg.timeout_s, jpeg.max_batch_size, jpeg.max_replicas) == (120, 4, 3)
+
+
+def test_a_count_of_its_own_ends_the_autoscaling_of_all() -> None:
+    data = {"autoscaling": {"max_replicas": 6}, "per_reward": {"ocr": {"num_replicas": 2}}}
+    service = parse_config(ServiceConfig, data, "test")
+    assert service.serving("ocr").autoscaling is None
+    assert (service.serving("ocr").max_replicas, service.serving("jpeg").max_replicas) == (2, 6)
+
+
+def test_the_cache_may_be_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = CacheConfig(type="redis", url_env="RAYLIGN_TEST_CACHE_URL")
+    assert cache.address() == "redis://127.0.0.1:6379/0"
+    monkeypatch.setenv("RAYLIGN_TEST_CACHE_URL", "redis://:s3cret@node7:6379/0")
+    assert cache.address() == "redis://:s3cret@node7:6379/0"
 
 
 @pytest.mark.parametrize(
