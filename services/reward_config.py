@@ -136,6 +136,16 @@ class ServiceConfig(ServingConfig):
     """Most samples in a request."""
     max_image_pixels: int = Field(default=2**24, ge=1)
     """Largest picture, width times height."""
+    max_request_pixels: int = Field(default=2**26, ge=1)
+    """Most pixels in all pictures of a request together."""
+    body_timeout_s: float = Field(default=60.0, gt=0)
+    """A request whose body has not arrived after this time is refused."""
+    retry_after_s: float = Field(default=1.0, gt=0)
+    """How long clients that are refused for load are told to wait."""
+    max_requests_per_s: float | None = Field(default=None, gt=0)
+    """Most requests per second from one address, on average; bursts of a second's worth pass. No limit by default."""
+    replay_s: float = Field(default=300.0, ge=0)
+    """How long an answer is kept for a client that repeats its request under the same id; 0 keeps none."""
 
     def serving(self, reward: str) -> ServingConfig:
         """How the reward of this name is served."""
