@@ -6,9 +6,10 @@ A checkpoint is a file, a directory in the layout of transformers, or the name o
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILE = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)/(?P<file>[\w.+-]+)")
 _SMALL_FILES = ["*.json", "*.txt"]
 _CHUNK_BYTES = 1 << 24
 
@@ -42,11 +44,18 @@ def find_directory(path: str, remedy: str, weights: bool = True) -> Path:
 
 
 def find_file(path: str, remedy: str) -> Path:
-    """The file of a checkpoint. Raises ModelError with the path and the remedy."""
+    """The file of a checkpoint; owner/repository/file is fetched from the hub if there is no such file here.
+
+    Raises ModelError with the path and the remedy.
+    """
     file = Path(path).expanduser()
-    if not file.is_file():
+    if file.is_file():
+        return file
+    if not (found := _HUB_FILE.fullmatch(path)):
         raise ModelError(f"there is no model file {path!r}; {remedy}")
-    return file
+    from huggingface_hub import hf_hub_download
+
+    return Path(_asked_of_hub(functools.partial(hf_hub_download, found["repository"], found["file"]), path, remedy))
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -122,6 +131,11 @@ def check_complete(path: Path, missing: Iterable[str], unexpected: Iterable[str]
         )
 
 
+def join_hashes(*hashes: str) -> str:
+    """One sha256 for several, in order."""
+    return hashlib.sha256("|".join(hashes).encode()).hexdigest()
+
+
 def library_versions(*names: str) -> str:
     """What a version string says of the libraries that a score passes through, as in torch-2.13.0/pillow-13.0.0."""
     return "/".join(f"{name}-{metadata.version(name)}" for name in names)
@@ -129,19 +143,25 @@ def library_versions(*names: str) -> str:
 
 def _fetch(name: str, remedy: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     # safetensors if there are any: a repository often holds the same weights in every format there is.
-    for pattern in ["model*.safetensors", "pytorch_model*.bin"] if weights else [""]:
-        try:
-            directory = Path(snapshot_download(name, allow_patterns=[*_SMALL_FILES, *([pattern] if pattern else [])]))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise ModelError(
-                f"{name!r} is no directory here, and the model hub did not give it ({type(error).__name__}); {remedy}"
-            ) from error
+    for patterns in [["model*.safetensors"], ["pytorch_model*.bin"]] if weights else [[]]:
+        wanted = [*_SMALL_FILES, *patterns]
+        directory = Path(
+            _asked_of_hub(lambda files=wanted: snapshot_download(name, allow_patterns=files), name, remedy)
+        )
         if not weights or weight_files(directory):
             return directory
     raise ModelError(f"{name!r} on the model hub has neither model.safetensors nor pytorch_model.bin; {remedy}")
+
+
+def _asked_of_hub(ask: Callable[[], str], what: str, remedy: str) -> str:
+    try:
+        return ask()
+    except Exception as error:  # the hub's client raises its own errors, httpx's, OSError and ValueError
+        raise ModelError(
+            f"{what!r} is not here, and the model hub did not give it ({type(error).__name__}); {remedy}"
+        ) from error
 
 
 def _some(names: list[str], before: str = "") -> str:

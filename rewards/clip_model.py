@@ -18,6 +18,7 @@ from rewards import checkpoints, open_clip
 if TYPE_CHECKING:
     import numpy as np
 
+_REMEDY = "give the directory or hub name of a CLIP checkpoint, such as openai/clip-vit-large-patch14"
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -120,10 +121,9 @@ class ClipModel:
         import torch
         from transformers import AutoTokenizer, CLIPImageProcessorPil
 
-        one_file = Path(self._path).expanduser().is_file()
-        remedy = "give the directory or hub name of a CLIP checkpoint, such as openai/clip-vit-large-patch14"
+        one_file = Path(self._path).suffix in (".pt", ".pth", ".bin", ".safetensors")
         words = checkpoints.find_directory(
-            self._processor_path, remedy, weights=not one_file and self._processor_path == self._path
+            self._processor_path, _REMEDY, weights=not one_file and self._processor_path == self._path
         )
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(words)
@@ -134,10 +134,10 @@ class ClipModel:
                 "directory of the checkpoint's processor as processor_path"
             ) from error
         if one_file:
-            file = Path(self._path).expanduser()
+            file = checkpoints.find_file(self._path, "download the weights and give their path")
             model, files = _from_open_clip(file, words), [file, *checkpoints.small_files(words)]
         else:
-            home = checkpoints.find_directory(self._path, remedy)
+            home = checkpoints.find_directory(self._path, _REMEDY)
             model, files = _from_directory(home), checkpoints.described_by(home)
             if words != home:
                 files += checkpoints.small_files(words)
@@ -165,7 +165,13 @@ def _from_open_clip(file: Path, architecture: Path) -> Any:
     import torch
     from transformers import CLIPConfig, CLIPModel
 
-    config = CLIPConfig.from_pretrained(architecture)
+    try:
+        config = CLIPConfig.from_pretrained(architecture)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{str(architecture)!r} lacks the config.json of a CLIP ({type(error).__name__}); give the directory of "
+            f"the model that {file.name} was tuned from"
+        ) from error
     with torch.device("meta"):
         wanted = CLIPModel(config).state_dict()
     state = open_clip.to_transformers(checkpoints.read_state(file))
