@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from raylign.errors import ConfigError
@@ -25,33 +26,107 @@ class Weighed(Protocol):
     def required(self) -> bool: ...
 
 
-def mix(scores_by_reward: Mapping[str, Sequence[RewardScore]], configs: Sequence[Weighed]) -> list[RewardBreakdown]:
-    """One breakdown per sample from one list of scores per reward, each in sample order.
+Values = Sequence[float | None]
+"""One reward's values in sample order; None where it failed."""
+GDPO_EPS = 1e-4
+"""Added to a group's deviation, as in GDPO's published code and in the learner."""
 
-    The total is the sum of weight * value. A failed required reward leaves no total. A failed optional one is left
-    out and the other weights grow so that their magnitudes sum to the same, which keeps totals comparable.
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """One sample's mix."""
+
+    value: float | None
+    renormalised: bool = False
+    """Whether an optional reward is missing and the other weights grew in its place."""
+
+
+def weighted_sums(values_by_reward: Mapping[str, Values], asks: Sequence[Weighed]) -> list[Total]:
+    """The sum of weight * value of each sample; finite, or None.
+
+    A missing required value leaves no total. A missing optional one is left out and the other weights grow so that
+    their magnitudes sum to the same, which keeps totals comparable.
     """
-    columns = [scores_by_reward[config.name] for config in configs]
-    return [_mix_one(scores, configs) for scores in zip(*columns, strict=True)]
+    columns = [values_by_reward[ask.name] for ask in asks]
+    return [_weighted_sum(values, asks) for values in zip(*columns, strict=True)]
 
 
-def _mix_one(scores: tuple[RewardScore, ...], configs: Sequence[Weighed]) -> RewardBreakdown:
+def _weighted_sum(values: Sequence[float | None], asks: Sequence[Weighed]) -> Total:
     total = 0.0
     weight_all = weight_left = 0.0
-    for score, config in zip(scores, configs, strict=True):
-        weight_all += abs(config.weight)
-        if score.value is not None:
-            weight_left += abs(config.weight)
-            total += config.weight * score.value
-        elif config.required:
-            return RewardBreakdown(None, scores)
-    complete = all(score.value is not None for score in scores)
+    complete = True
+    for value, ask in zip(values, asks, strict=True):
+        weight_all += abs(ask.weight)
+        if value is not None:
+            weight_left += abs(ask.weight)
+            total += ask.weight * value
+        elif ask.required:
+            return Total(None)
+        else:
+            complete = False
     if not complete:
         if weight_left == 0:
-            return RewardBreakdown(None, scores)
+            return Total(None)
         total *= weight_all / weight_left
     # Finite values and weights can still overflow; an infinite total is no total.
-    return RewardBreakdown(total if math.isfinite(total) else None, scores)
+    return Total(total, not complete) if math.isfinite(total) else Total(None)
+
+
+def affine(values: Values, bounds: tuple[float, float], higher_is_better: bool) -> list[float | None]:
+    """Values of a bounded reward on [0, 1], the better end on 1: (v - low) / (high - low), or (high - v) / (...)."""
+    low, high = bounds
+    zero, one = (low, high) if higher_is_better else (high, low)
+    return [None if value is None else (value - zero) / (one - zero) for value in values]
+
+
+def group_normalised(
+    values_by_reward: Mapping[str, Values], asks: Sequence[Weighed], group_ids: Sequence[str]
+) -> dict[str, list[float | None]]:
+    """Each reward by itself: the first step of GDPO (2601.05242, Group reward-Decoupled Normalization),
+
+        A_k = (r_k - mean of r_k in the group) / (std of r_k in the group + 1e-4)
+
+    `weighted_sums` of these is the paper's second step; the third, normalising the sums over the whole batch, is the
+    trainer's, which alone knows the batch. The deviation is the population's, as in the learner (the authors' code
+    for TRL takes the sample's); equal values give exactly 0. A sample that lacks a required value enters no mean and
+    gets None for every reward; a missing optional value is left out of its own reward's mean only.
+    """
+    required = [values_by_reward[ask.name] for ask in asks if ask.required]
+    places_by_group: dict[str, list[int]] = {}
+    for place, group_id in enumerate(group_ids):
+        if all(values[place] is not None for values in required):
+            places_by_group.setdefault(group_id, []).append(place)
+    normalised: dict[str, list[float | None]] = {}
+    for ask in asks:
+        column: list[float | None] = [None] * len(group_ids)
+        for places in places_by_group.values():
+            present = [(p, v) for p in places if (v := values_by_reward[ask.name][p]) is not None]
+            for (place, _), score in zip(present, _standardised([v for _, v in present]), strict=True):
+                column[place] = score
+        normalised[ask.name] = column
+    return normalised
+
+
+def _standardised(values: Sequence[float]) -> list[float]:
+    """(v - mean) / (population std + eps); exactly 0 for equal values, whose mean may round."""
+    if not values or min(values) == max(values):
+        return [0.0] * len(values)
+    # Halving until the largest is below 2 is exact, and keeps the squares of huge values finite.
+    scale = math.ldexp(1.0, math.frexp(max(map(abs, values)))[1] - 1)
+    scaled = [value / scale for value in values]
+    mean = math.fsum(scaled) / len(scaled)
+    std = math.sqrt(math.fsum((value - mean) ** 2 for value in scaled) / len(scaled))
+    return [(value - mean) / (std + GDPO_EPS / scale) for value in scaled]
+
+
+def mix(scores_by_reward: Mapping[str, Sequence[RewardScore]], configs: Sequence[Weighed]) -> list[RewardBreakdown]:
+    """One breakdown per sample from one list of scores per reward, each in sample order; see `weighted_sums`."""
+    columns = [scores_by_reward[config.name] for config in configs]
+    weights = tuple(config.weight for config in configs)
+    values = {name: [score.value for score in scores] for name, scores in scores_by_reward.items()}
+    totals = weighted_sums(values, configs)
+    rows = zip(*columns, strict=True)
+    return [RewardBreakdown(t.value, row, weights=weights) for t, row in zip(totals, rows, strict=True)]
 
 
 def check_names(configs: Sequence[RewardConfig]) -> None:

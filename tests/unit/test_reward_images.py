@@ -11,7 +11,7 @@ from PIL import Image
 
 from raylign.types import Prompt, RewardFailure, RewardSample
 from rewards import JpegConfig, JpegReward
-from rewards.images import decode_image, encode_png
+from rewards.images import ImageFormat, decode_image, encode_image, encode_png
 from rewards.jpeg import jpeg_bytes
 
 IMAGE_HWC = np.random.default_rng(0).integers(0, 256, (24, 80, 3), dtype=np.uint8)
@@ -68,13 +68,56 @@ def test_what_is_refused_says_why() -> None:
     assert "kind 'I;16'" in _refusal(_file(deep, "PNG"))
 
 
-def test_a_bomb_is_refused_by_its_header() -> None:
-    """Small files that claim many pixels: above our limit, and above Pillow's own."""
-    for side, message in ((5_000, "5000x5000 pixels"), (20_000, "more pixels than")):
-        data = bytearray(_file(Image.new("1", (8, 8)), "PNG"))
-        data[16:24] = side.to_bytes(4, "big") * 2
-        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-        assert message in _refusal(bytes(data), max_pixels=2**24)
+def _claiming(side: int) -> bytes:
+    """An 8x8 PNG whose header claims another size."""
+    data = bytearray(_file(Image.new("1", (8, 8)), "PNG"))
+    data[16:24] = side.to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("side", [5_000, 10_000, 20_000, 2**31 - 1])
+def test_a_bomb_is_refused_by_its_header(side: int) -> None:
+    assert f"{side}x{side} pixels" in _refusal(_claiming(side), max_pixels=2**24)
+
+
+def test_a_webp_bomb_is_refused_before_its_canvas_is_made() -> None:
+    canvas = (20_000 - 1).to_bytes(3, "little") * 2
+    chunk = b"VP8X" + (10).to_bytes(4, "little") + bytes(4) + canvas
+    data = b"RIFF" + (4 + len(chunk)).to_bytes(4, "little") + b"WEBP" + chunk
+    assert _refusal(data, "image/webp", max_pixels=2**24)
+
+
+@pytest.mark.parametrize(
+    ("said", "fits"), [((80, 24), True), ((80, None), True), ((24, 80), False), ((None, 25), False)]
+)
+def test_the_size_that_was_said_is_checked(said: tuple, fits: bool) -> None:
+    result = decode_image(encode_png(IMAGE_HWC), "image/png", 10_000, None, *said)
+    assert isinstance(result, np.ndarray) is fits
+    if isinstance(result, RewardFailure):
+        assert "80x24 pixels, and is said to have" in result.message
+
+
+def test_a_cmyk_jpeg_and_a_palette_with_transparency_become_rgb() -> None:
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    palette = red.quantize(4)
+    for data, mime in (
+        (_file(red.convert("CMYK"), "JPEG"), "image/jpeg"),
+        (_file(palette, "PNG", transparency=bytes([128, 255, 255, 255])), "image/png"),
+    ):
+        decoded = decode_image(data, mime, 10_000)
+        assert isinstance(decoded, np.ndarray)
+        assert decoded.shape == (8, 8, 3)
+        assert np.abs(decoded.astype(int) - [255, 0, 0]).max() <= 2
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+def test_what_the_client_sends_is_lossless(image_format: ImageFormat) -> None:
+    decoded = decode_image(encode_image(IMAGE_HWC, image_format), f"image/{image_format}", 10_000)
+    np.testing.assert_array_equal(decoded, IMAGE_HWC)
+    for bad in (IMAGE_HWC[:0], IMAGE_HWC[..., 0], IMAGE_HWC.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"must be uint8 \(height, width, 3\)"):
+            encode_image(bad, image_format)
 
 
 @pytest.mark.parametrize(("direction", "scale"), [("incompress", 1.0), ("compress", -1 / 500)])

@@ -1,6 +1,7 @@
 """The mix, by hand: weights, failures, and what survives a misbehaving reward."""
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -9,6 +10,7 @@ from raylign.errors import ConfigError, PromptError
 from raylign.types import Prompt, RewardFailure, RewardSample, RewardScore
 from rewards import JpegConfig, RewardMix, check_names, make_mix, mix
 from rewards.base import Modality, score_totally, success
+from rewards.mix import affine, group_normalised, weighted_sums
 
 FAILED = RewardFailure("model_error", "broken")
 
@@ -144,3 +146,47 @@ def test_a_configuration_names_itself_after_its_type() -> None:
     assert make_mix([JpegConfig(), JpegConfig(name="large", direction="incompress")]).rewards[1][1].name == "large"
     with pytest.raises(ValueError, match="pattern"):
         JpegConfig(name="a/b")
+
+
+def test_a_missing_optional_value_is_flagged() -> None:
+    asks = [_config("a", 3.0), _config("b", 1.0, required=False)]
+    totals = weighted_sums({"a": [0.5, 0.5, None], "b": [0.5, None, 1.0]}, asks)
+    assert [(total.value, total.renormalised) for total in totals] == [(2.0, False), (2.0, True), (None, False)]
+
+
+def test_the_breakdown_knows_its_weights() -> None:
+    (breakdown,) = mix({"a": _scores("a", 1.0), "b": _scores("b", 1.0)}, [_config("a", 2.0), _config("b", -1.0)])
+    assert breakdown.weights == (2.0, -1.0)
+
+
+def test_affine_puts_the_better_end_on_one() -> None:
+    # [-2, 6]: 0 is a quarter of the way up; with lower better, -2 is best and 0 is three quarters.
+    assert affine([-2.0, 0.0, 6.0, None], (-2.0, 6.0), True) == [0.0, 0.25, 1.0, None]
+    assert affine([-2.0, 0.0, 6.0, None], (-2.0, 6.0), False) == [1.0, 0.75, 0.0, None]
+
+
+def test_each_reward_is_normalised_in_its_own_group() -> None:
+    # Group g: a = 0, 2 has mean 1 and population std 1, so ±1/(1 + 1e-4); b = 5, 5 says nothing.
+    # Group h: a = 0, 30, 30 has mean 20, squares 400 + 100 + 100 over 3 = 200, std sqrt(200).
+    values = {"a": [0.0, 0.0, 2.0, 30.0, 30.0], "b": [5.0, 1.0, 5.0, 1.0, 1.0]}
+    normalised = group_normalised(values, [_config("a"), _config("b")], ["g", "h", "g", "h", "h"])
+    one, std = 1 / 1.0001, math.sqrt(200) + 1e-4
+    assert normalised["a"] == pytest.approx([-one, -20 / std, one, 10 / std, 10 / std], rel=1e-12)
+    assert normalised["b"] == [0.0] * 5
+    assert sum(value or 0.0 for value in normalised["a"]) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_failed_samples_enter_no_group_mean() -> None:
+    asks = [_config("a"), _config("b", required=False)]
+    values = {"a": [0.0, None, 2.0, 1e6], "b": [1.0, 7.0, None, 3.0]}
+    normalised = group_normalised(values, asks, ["g", "g", "g", "other"])
+    one = pytest.approx(1 / 1.0001, rel=1e-12)
+    # Sample 1 has no required value, so its b counts nowhere; sample 2 lacks b, so b's group is sample 0 alone.
+    assert normalised == {"a": [-one.expected, None, one, 0.0], "b": [0.0, None, None, 0.0]}
+
+
+def test_huge_values_are_normalised_like_others() -> None:
+    small = group_normalised({"a": [-2.0, 2.0]}, [_config("a")], ["g", "g"])["a"]
+    huge = group_normalised({"a": [-1e308, 1e308]}, [_config("a")], ["g", "g"])["a"]
+    assert small == pytest.approx([-2 / 2.0001, 2 / 2.0001])
+    assert huge == [-1.0, 1.0]
