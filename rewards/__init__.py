@@ -10,38 +10,78 @@ from typing import Annotated
 
 from pydantic import Field
 
+from rewards.aesthetic import AestheticConfig, AestheticReward
 from rewards.base import Reward, RewardConfig
+from rewards.clip_score import ClipScoreConfig, ClipScoreReward
+from rewards.countdown import CountdownConfig, CountdownReward
+from rewards.format_tags import FormatTagsConfig, FormatTagsReward
+from rewards.hps import HpsConfig, HpsReward
 from rewards.jpeg import JpegConfig, JpegReward
 from rewards.mix import RewardMix, check_names, mix
 from rewards.ocr import OcrConfig, OcrReward
+from rewards.pickscore import PickScoreConfig, PickScoreReward
+from rewards.sudoku import SudokuConfig, SudokuReward
 
-RewardUnion = Annotated[OcrConfig | JpegConfig, Field(discriminator="type")]
+AnyRewardConfig = (
+    OcrConfig
+    | JpegConfig
+    | ClipScoreConfig
+    | PickScoreConfig
+    | HpsConfig
+    | AestheticConfig
+    | CountdownConfig
+    | SudokuConfig
+    | FormatTagsConfig
+)  # fmt: skip
+RewardUnion = Annotated[AnyRewardConfig, Field(discriminator="type")]
 REWARDS = {
     OcrConfig: OcrReward,
     JpegConfig: JpegReward,
+    ClipScoreConfig: ClipScoreReward,
+    PickScoreConfig: PickScoreReward,
+    HpsConfig: HpsReward,
+    AestheticConfig: AestheticReward,
+    CountdownConfig: CountdownReward,
+    SudokuConfig: SudokuReward,
+    FormatTagsConfig: FormatTagsReward,
 }
 
 
-def make_reward(config: OcrConfig | JpegConfig) -> Reward:
+def make_reward(config: AnyRewardConfig) -> Reward:
     """The reward a configuration describes; models are loaded by its `load` or first `score`."""
     return REWARDS[type(config)](config)  # type: ignore[arg-type]  # the table pairs them
 
 
-def make_mix(configs: Sequence[OcrConfig | JpegConfig]) -> RewardMix:
+def make_mix(configs: Sequence[AnyRewardConfig]) -> RewardMix:
     """The in-process scorer of a run's rewards. Raises ConfigError for no reward or a repeated name."""
     return RewardMix([(config, make_reward(config)) for config in configs])
 
 
 __all__ = [
     "REWARDS",
+    "AestheticConfig",
+    "AestheticReward",
+    "AnyRewardConfig",
+    "ClipScoreConfig",
+    "ClipScoreReward",
+    "CountdownConfig",
+    "CountdownReward",
+    "FormatTagsConfig",
+    "FormatTagsReward",
+    "HpsConfig",
+    "HpsReward",
     "JpegConfig",
     "JpegReward",
     "OcrConfig",
     "OcrReward",
+    "PickScoreConfig",
+    "PickScoreReward",
     "Reward",
     "RewardConfig",
     "RewardMix",
     "RewardUnion",
+    "SudokuConfig",
+    "SudokuReward",
     "check_names",
     "make_mix",
     "make_reward",

@@ -76,3 +76,14 @@ def clip_folder(activation: str = "quick_gelu", seed: int = 0) -> str:
     for part in (clip_model(activation, seed), tokenizer(), image_processor()):
         part.save_pretrained(folder)
     return str(folder)
+
+
+def head_state(width: int, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Random weights of the five linear layers that ImageReward and the aesthetic predictor put on a vector."""
+    draw = torch.Generator().manual_seed(7)
+    widths = (width, 1024, 128, 64, 16, 1)
+    state: dict[str, torch.Tensor] = {}
+    for layer, inwards, outwards in zip((0, 2, 4, 6, 7), widths, widths[1:], strict=False):
+        weight = torch.randn(outwards, inwards, generator=draw) / inwards**0.5
+        state |= {f"{prefix}layers.{layer}.weight": weight, f"{prefix}layers.{layer}.bias": torch.ones(outwards)}
+    return state

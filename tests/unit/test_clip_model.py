@@ -99,7 +99,7 @@ def test_a_processor_may_live_elsewhere(clip: ClipModel, tmp_path: Path) -> None
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"there is no model directory '.*nowhere'; give the directory or hub name"):
         ClipModel(str(tmp_path / "nowhere")).load()
-    with pytest.raises(ModelError, match="has neither model.safetensors nor pytorch_model.bin"):
+    with pytest.raises(ModelError, match=r"has neither model.safetensors nor pytorch_model.bin"):
         ClipModel(str(tmp_path)).load()
     with pytest.raises(ModelError, match=r"there is no model file '.*x.pt'; download"):
         ClipModel(str(tmp_path / "x.pt"), processor_path=clip_folder()).load()
