@@ -11,10 +11,11 @@ import asyncio
 import hashlib
 import logging
 import math
-import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -22,7 +23,7 @@ from raylign.config import Config
 from raylign.errors import ConfigError, ModelError
 from raylign.types import RewardFailure
 from rewards.judge_engine import JudgeMessage, JudgeReply, JudgeRequest, LabelLogprobs
-from rewards.judge_text import canonical, check_labels, split_thinking
+from rewards.judge_text import canonical, check_labels, shown_name, split_thinking
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+AnswerT = TypeVar("AnswerT")
 RULE_VERSION = "1"
 """Counts changes to how a question is put and an answer is read."""
 
@@ -56,14 +58,14 @@ class DecisionEngineConfig(Config):
 
 
 class DecisionEngine:
-    """Asks one question at a time, each in a thread; nothing is padded, so no answer depends on another question."""
+    """Asks one question at a time, in a thread of its own; nothing is padded, so no answer depends on another."""
 
     def __init__(self, config: DecisionEngineConfig) -> None:
         """Loads nothing yet. Raises ConfigError without a model."""
         if not config.model:
             raise ConfigError("engine.type = 'decision' needs engine.model: the folder or the hub name of a checkpoint")
         self._config = config
-        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="judge")
         self._model: Any = None
         self._processor: Any = None
         self._tokenizer: Any = None
@@ -77,23 +79,24 @@ class DecisionEngine:
 
     def load(self) -> None:
         """Load the checkpoint, once. Raises ModelError naming what is missing."""
-        with self._lock:
-            self._load()
+        self._thread.submit(self._load).result()
 
     async def ask(self, request: JudgeRequest) -> JudgeReply | RewardFailure:
         """A generated answer. It is not constrained to a schema or to choices, and thinking has no budget here."""
-        return await asyncio.to_thread(self._guarded, self._generate, request)
+        return await self._in_thread(lambda: self._generate(request))
 
     async def label_logprobs(self, request: JudgeRequest, labels: tuple[str, ...]) -> LabelLogprobs | RewardFailure:
         check_labels(labels)
-        return await asyncio.to_thread(self._guarded, self._decide, request, labels)
+        return await self._in_thread(lambda: self._decide(request, labels))
 
-    def _guarded(self, answer: Any, request: JudgeRequest, *rest: Any) -> Any:
-        """One question under the lock; whatever the model raises is a failure of this question alone."""
+    async def _in_thread(self, answer: Callable[[], AnswerT | RewardFailure]) -> AnswerT | RewardFailure:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._guarded(answer))
+
+    def _guarded(self, answer: Callable[[], AnswerT | RewardFailure]) -> AnswerT | RewardFailure:
+        """One question; whatever the model raises is a failure of this question alone."""
         try:
-            with self._lock:
-                self._load()
-                return answer(request, *rest)
+            self._load()
+            return answer()
         except ModelError as error:
             logger.error("%s", error)
             return RewardFailure("model_error", "the judge's checkpoint cannot be loaded; see the log")
@@ -169,7 +172,7 @@ class DecisionEngine:
         stops = self._model.generation_config.eos_token_id
         ended = int(new_L[-1]) in (stops if isinstance(stops, list) else [stops])
         thinking, content = split_thinking(self._tokenizer.decode(new_L, skip_special_tokens=True))
-        return JudgeReply(content, thinking, "stop" if ended else "length", model=self._config.model)
+        return JudgeReply(content, thinking, "stop" if ended else "length", model=shown_name(self._config.model))
 
     def _inputs(self, request: JudgeRequest, thinking: bool | None) -> dict[str, torch.Tensor] | RewardFailure:
         """The tensors of one chat, ending where the judge's answer begins; or why it cannot be asked."""

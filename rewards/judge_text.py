@@ -46,6 +46,11 @@ def log_sum(logprobs: Iterable[float]) -> float:
     return min(0.0, highest + math.log(sum(math.exp(value - highest) for value in values)))
 
 
+def shown_name(model: str) -> str:
+    """A model's name as it may be shown to anybody: of a folder, its last part."""
+    return model.rstrip("/").rpartition("/")[2] if model.startswith(("/", ".")) else model
+
+
 def split_thinking(text: str) -> tuple[str, str]:
     """(thinking, content) of an answer that a server did not take apart itself.
 

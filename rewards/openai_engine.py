@@ -12,9 +12,9 @@ import hashlib
 import json
 import logging
 import os
-import threading
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal, TypeVar
 
@@ -39,7 +39,6 @@ MAX_TOP_LOGPROBS = 20
 CONNECT_TIMEOUT_S = 10.0
 _SERVER = "the judge server"
 _NO_LOGPROBS = "gave no log-probs; use a server that does, or engine.type = 'decision'"
-_CHECK_SERVER = "is the judge server up, and engine.base_url its address?"
 
 Flavour = Literal["vllm", "openai", "transformers"]
 """Which fields beyond the common ones a server takes.
@@ -100,7 +99,6 @@ class OpenAIEngine:
         self._headers = _authorisation(config.token_env)
         self._retry = retry or RetryPolicy(config.max_attempts)
         self._ssl = httpx.create_ssl_context() if config.base_url.startswith("https:") else False
-        self._meeting = threading.Lock()
         self._model = ""
         self._fingerprint = ""
         self._label_ids: dict[str, tuple[int, ...]] = {}
@@ -112,15 +110,13 @@ class OpenAIEngine:
 
     def load(self) -> None:
         """Ask the server which model it runs. Raises ModelError when it is away, or has no model of that name."""
-        with self._meeting:
-            if self._model:
-                return
-            model = self._meet()
-            # The name or the root may be a path of the server's machine: hashed, it may travel.
-            named = json.dumps([model.id, model.root, self._config.revision])
-            self._fingerprint = hashlib.sha256(named.encode()).hexdigest()[:16]
-            self._label_ids = {}
-            self._model = model.id
+        with ThreadPoolExecutor(1) as thread:  # the caller may be inside an event loop already
+            offered = thread.submit(lambda: asyncio.run(self._offered())).result()
+        if isinstance(offered, RewardFailure):
+            raise ModelError(
+                f"{offered.message}; is a judge server up, and engine.base_url = {self._config.base_url!r} its address?"
+            )
+        self._take(offered)
 
     async def ask(self, request: JudgeRequest) -> JudgeReply | RewardFailure:
         body = await asyncio.to_thread(chat_body, request, self._config.flavour)
@@ -149,44 +145,44 @@ class OpenAIEngine:
             self._gate = (loop, asyncio.Semaphore(self._config.max_in_flight))
         return self._gate[1]
 
-    def _meet(self) -> Model:
-        """The configured model among those the server offers. Raises ModelError."""
-        config, url = self._config, f"{self._config.base_url}/models"
-        try:
-            response = httpx.get(url, headers=self._headers, timeout=CONNECT_TIMEOUT_S, verify=self._ssl)
-            response.raise_for_status()
-            offered = ModelList.model_validate_json(response.content).data
-        except httpx.HTTPStatusError as error:
-            raise ModelError(f"GET {url} answered {error.response.status_code}; {_CHECK_SERVER}") from None
-        except httpx.TransportError as error:
-            raise ModelError(f"GET {url} failed with {type(error).__name__}; {_CHECK_SERVER}") from None
-        except ValidationError:
-            raise ModelError(f"GET {url} did not answer with a list of models; {_CHECK_SERVER}") from None
-        if config.flavour == "transformers" and config.model:
-            return Model(id=config.model)  # it serves any checkpoint by name and lists those of its download cache
-        for model in offered:
-            if model.id == config.model or (not config.model and len(offered) == 1):
-                return model
-        names = ", ".join(repr(model.id) for model in offered[:10]) or "nothing"
-        raise ModelError(f"the judge server at {url} offers {names}, and engine.model is {config.model!r}")
-
     async def _met(self) -> RewardFailure | None:
         """Load if nobody did, or if the server was away since."""
         if self._model:
             return None
+        offered = await self._offered()
+        if isinstance(offered, RewardFailure):
+            return offered
         try:
-            await asyncio.to_thread(self.load)
+            self._take(offered)
         except ModelError as error:
-            logger.warning("%s", error)
-            return RewardFailure("model_error", f"{_SERVER} is away or has no such model; see the log", retryable=True)
+            return RewardFailure("model_error", f"{_SERVER} has not the configured model; see {_log(str(error))}")
         return None
+
+    async def _offered(self) -> Sequence[Model] | RewardFailure:
+        answer = await self._call("GET", f"{self._config.base_url}/models", None, ModelList)
+        return answer if isinstance(answer, RewardFailure) else answer.data
+
+    def _take(self, offered: Sequence[Model]) -> None:
+        """Settle on the configured model. Raises ModelError when it is not offered."""
+        wanted = self._config.model
+        if self._config.flavour == "transformers" and wanted:
+            offered = [Model(id=wanted)]  # it serves any checkpoint by name, and lists those of its download cache
+        fitting = [model for model in offered if model.id == wanted or (not wanted and len(offered) == 1)]
+        if not fitting:
+            names = ", ".join(repr(model.id) for model in offered[:10]) or "nothing"
+            raise ModelError(f"the judge server offers {names}, and engine.model is {wanted!r}; set it to one of those")
+        # Name and root may be paths of the server's machine: hashed, they may travel.
+        named = json.dumps([fitting[0].id, fitting[0].root, self._config.revision])
+        self._fingerprint = hashlib.sha256(named.encode()).hexdigest()[:16]
+        self._label_ids.clear()
+        self._model = fitting[0].id
 
     async def _chat(self, body: Mapping[str, JsonValue]) -> ChatAnswer | RewardFailure:
         failure = await self._met()
         if failure is not None:
             return failure
         url = f"{self._config.base_url}/chat/completions"
-        return await self._post(url, {"model": self._model, **body}, ChatAnswer)
+        return await self._call("POST", url, {"model": self._model, **body}, ChatAnswer)
 
     async def _labelled(self, body: Mapping[str, JsonValue], labels: tuple[str, ...]) -> LabelLogprobs | RewardFailure:
         token_ids = await self._tokens_of(labels) if self._config.flavour == "vllm" else []
@@ -217,18 +213,18 @@ class OpenAIEngine:
             ids: set[int] = set()
             for text in spellings(label):
                 body = {"model": self._model, "prompt": text, "add_special_tokens": False}
-                answer = await self._post(url, body, Tokens)
+                answer = await self._call("POST", url, body, Tokens)
                 if isinstance(answer, RewardFailure):
                     return answer
                 ids.update(answer.tokens if len(answer.tokens) == 1 else ())
             self._label_ids[label] = tuple(sorted(ids))
         return [token_id for label in labels for token_id in self._label_ids[label]]
 
-    async def _post(
-        self, url: str, body: Mapping[str, JsonValue], answer_type: type[AnswerT]
+    async def _call(
+        self, method: str, url: str, body: Mapping[str, JsonValue] | None, answer_type: type[AnswerT]
     ) -> AnswerT | RewardFailure:
-        content = json.dumps(body, allow_nan=False).encode()
-        response = await post_with_retries(lambda: self._post_once(url, content), self._retry, _SERVER)
+        content = None if body is None else json.dumps(body, allow_nan=False).encode()
+        response = await post_with_retries(lambda: self._send(method, url, content), self._retry, _SERVER)
         if isinstance(response, RewardFailure):
             if response.retryable:
                 self._model = ""  # a server that comes back may run another model
@@ -236,10 +232,10 @@ class OpenAIEngine:
         try:
             return answer_type.model_validate_json(response.content)
         except ValidationError as error:
-            log_id = _log(f"{error.error_count()} problem(s) in {response.text[:2000]!r}")
-            return RewardFailure("model_error", f"{_SERVER}'s answer breaks the API; see the log, id {log_id}")
+            entry = _log(f"{error.error_count()} problem(s) in {response.text[:2000]!r}")
+            return RewardFailure("model_error", f"{_SERVER}'s answer breaks the API; see {entry}")
 
-    async def _post_once(self, url: str, content: bytes) -> httpx.Response:
+    async def _send(self, method: str, url: str, content: bytes | None) -> httpx.Response:
         """One attempt. What a refusal says goes to the log: it may quote the prompt or the server's insides."""
         headers = {**self._headers, "Content-Type": "application/json"}
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
@@ -248,17 +244,14 @@ class OpenAIEngine:
                 asyncio.timeout(self._config.timeout_s),
                 httpx.AsyncClient(verify=self._ssl, headers=headers, timeout=timeout) as client,
             ):
-                response = await client.post(url, content=content)
+                response = await client.request(method, url, content=content)
         except TimeoutError:
             raise httpx.ReadTimeout(f"no answer in {self._config.timeout_s} s") from None
         if response.is_success:
             return response
-        log_id = _log(f"{response.status_code}: {response.text[:2000]!r}")
-        return httpx.Response(
-            response.status_code,
-            headers={name: value for name, value in response.headers.items() if name == "retry-after"},
-            text=f"see the log, id {log_id}",
-        )
+        entry = _log(f"{response.status_code}: {response.text[:2000]!r}")
+        retry_after = {name: value for name, value in response.headers.items() if name == "retry-after"}
+        return httpx.Response(response.status_code, headers=retry_after, text=f"see {entry}")
 
 
 def chat_body(request: JudgeRequest, flavour: Flavour) -> Mapping[str, JsonValue]:
@@ -278,11 +271,10 @@ def chat_body(request: JudgeRequest, flavour: Flavour) -> Mapping[str, JsonValue
     if flavour == "openai" and request.json_schema is not None:
         schema = {"name": "answer", "schema": request.json_schema, "strict": True}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
-    body.update(_vllm_fields(request) if flavour == "vllm" else {})
-    return body
+    return {**body, **(_vllm_fields(request) if flavour == "vllm" else {})}
 
 
-def _vllm_fields(request: JudgeRequest) -> dict[str, JsonValue]:
+def _vllm_fields(request: JudgeRequest) -> Mapping[str, JsonValue]:
     given: dict[str, JsonValue] = {
         "top_k": request.top_k,
         "min_p": request.min_p,
@@ -320,5 +312,5 @@ def _authorisation(token_env: str) -> dict[str, str]:
 def _log(said: str) -> str:
     """Log what the server said, and return what names the entry."""
     log_id = uuid.uuid4().hex[:12]
-    logger.warning("%s said %s (log id %s)", _SERVER, said, log_id)
-    return log_id
+    logger.warning("%s: %s (log id %s)", _SERVER, said, log_id)
+    return f"the log, id {log_id}"

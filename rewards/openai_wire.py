@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat
 
 from rewards.judge_engine import JudgeReply, TokenAlternatives
-from rewards.judge_text import content_tokens, split_thinking
+from rewards.judge_text import content_tokens, shown_name, split_thinking
 
 Logprob = Annotated[FiniteFloat, Field(le=1e-3)]
 """A log-probability; servers compute it in low precision and may land a hair above 0."""
@@ -93,4 +93,4 @@ def reply_of(answer: ChatAnswer) -> JudgeReply:
     if not thinking:
         thinking, content = split_thinking(content)
     tokens = content_tokens(listed_tokens(answer), content)
-    return JudgeReply(content, thinking, choice.finish_reason, tokens, answer.model)
+    return JudgeReply(content, thinking, choice.finish_reason, tokens, shown_name(answer.model))
