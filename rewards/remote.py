@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, cast
+from typing import Any, Literal
 
 import httpx
-from pydantic import JsonValue, ValidationError
+from pydantic import ValidationError
 
+from raylign.errors import RewardError
 from raylign.types import RewardBreakdown, RewardFailure, RewardSample
-from rewards.images import encode_png
+from rewards.images import ImageFormat
+from rewards.remote_encode import Encoded, Form, body_of, encode, split
 from rewards.retry import RetryPolicy, post_with_retries
 from rewards.wire import (
-    REQUEST_PART,
-    InlineImage,
-    PartImage,
+    Aggregate,
+    Candidate,
+    Readiness,
     RewardChoice,
     RewardList,
+    ScoreGroupRequest,
+    ScoreGroupResponse,
     ScoreRequest,
     ScoreResponse,
     ScoreSample,
     breakdown_of,
 )
 
+OnFailure = Literal["mask_sample", "drop_group", "raise"]
+"""What a sample without a reward means: an error in its breakdown, the same for all its siblings, or a RewardError."""
+_SERVER = "the reward service"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupScores:
+    """What a service says of one prompt's candidates."""
+
+    breakdowns: list[RewardBreakdown]
+    """In the order of the candidates."""
+    ranking: tuple[str, ...]
+    """Ids, best first, without those that failed."""
+
 
 class RewardClient:
-    """Scores samples by `POST /v1/score`; usable as `async with RewardClient(url) as client`.
+    """Scores samples over HTTP; usable as `async with RewardClient(url) as client`, within one event loop.
 
     Only what may pass is retried: 408, 429, 5xx and broken connections, with full jitter and the server's
     Retry-After, under one request id.
@@ -39,21 +57,28 @@ class RewardClient:
         self,
         url: str,
         token: str | None = None,
-        form: Literal["multipart", "json"] = "multipart",
+        form: Form = "multipart",
         *,
+        image_format: ImageFormat = "png",
+        on_failure: OnFailure = "mask_sample",
         timeout_s: float = 150.0,
         max_attempts: int = 4,
         max_samples: int = 64,
+        max_bytes: int = 2**25,
         max_in_flight: int = 4,
         transport: httpx.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`timeout_s` should exceed the server's; `max_samples` go into one request, `max_in_flight` run at a time."""
+        """`timeout_s` should exceed the server's. A request carries at most `max_samples` samples and `max_bytes` of
+        raw pixels and text, and `max_in_flight` requests run at a time."""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         timeout = httpx.Timeout(timeout_s, connect=min(10.0, timeout_s))
         self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, transport=transport)
-        self._form = form
+        self._form: Form = form
+        self._image_format: ImageFormat = image_format
+        self._on_failure: OnFailure = on_failure
         self._max_samples = max_samples
+        self._max_bytes = max_bytes
         self._in_flight = asyncio.Semaphore(max_in_flight)
         self._retry = RetryPolicy(max_attempts, sleep=sleep)
 
@@ -75,70 +100,170 @@ class RewardClient:
         response.raise_for_status()
         return RewardList.model_validate_json(response.content)
 
-    async def score(self, samples: Sequence[RewardSample], only: Sequence[str] | None = None) -> list[RewardBreakdown]:
-        """One breakdown per sample, in order; `only` names the rewards to ask for. Ids must be unique."""
-        chunks = [samples[i : i + self._max_samples] for i in range(0, len(samples), self._max_samples)]
-        answers = await asyncio.gather(*(self._score_chunk(chunk, only) for chunk in chunks))
-        return [breakdown for answer in answers for breakdown in answer]
+    async def ready(self) -> Readiness:
+        """Whether every reward answers, and what is wrong if not. Raises as `rewards` does."""
+        response = await self._http.get("/v1/readyz")
+        if response.status_code != 503:  # not ready is an answer, too
+            response.raise_for_status()
+        return Readiness.model_validate_json(response.content)
 
-    async def _score_chunk(self, samples: Sequence[RewardSample], only: Sequence[str] | None) -> list[RewardBreakdown]:
-        async with self._in_flight:
-            answer = await self._ask(samples, only)
-        if isinstance(answer, ScoreResponse):
-            if [result.id for result in answer.results] == [sample.id for sample in samples]:
-                return [breakdown_of(result) for result in answer.results]
-            answer = RewardFailure("model_error", "the service answered with other samples than it was asked about")
-        return [RewardBreakdown(None, (), answer)] * len(samples)
+    async def score(
+        self,
+        samples: Sequence[RewardSample],
+        only: Sequence[str | RewardChoice] | None = None,
+        *,
+        normalise: Literal["none", "affine"] = "none",
+        deadline_s: float | None = None,
+    ) -> list[RewardBreakdown]:
+        """One breakdown per sample, in order.
 
-    async def _ask(self, samples: Sequence[RewardSample], only: Sequence[str] | None) -> ScoreResponse | RewardFailure:
-        """Post until there is an answer that trying again would not change."""
-        request, files = await asyncio.to_thread(_encode, samples, only, self._form)
-        body = request.model_dump_json()
-        answer = await post_with_retries(lambda: self._post(body, files), self._retry, "the reward service")
-        return answer if isinstance(answer, RewardFailure) else _parse(answer)
+        `only` says which rewards to ask for: by name, or as a choice with a version, a weight or parameters. What is
+        not scored within `deadline_s`, retries and all, is an error. Raises RewardError where `on_failure` is raise.
+        """
+        head = _head(only, Aggregate(normalise=normalise), deadline_s)
 
-    async def _post(self, body: str, files: Sequence[tuple[str, bytes]]) -> httpx.Response:
-        if self._form == "json":
-            return await self._http.post("/v1/score", content=body, headers={"Content-Type": "application/json"})
-        parts: list[tuple[str, tuple[str, str | bytes, str]]] = [
-            (REQUEST_PART, ("request.json", body, "application/json"))
-        ]
-        parts += [(name, (name, data, "image/png")) for name, data in files]
-        return await self._http.post("/v1/score", files=parts)
+        async def ask(part: Sequence[RewardSample]) -> list[RewardBreakdown]:
+            return _join(*await self._ask(part, lambda sent: ScoreRequest(**head(), samples=tuple(sent)), until))
 
+        until = _until(deadline_s)
+        answers = await asyncio.gather(*map(ask, split(samples, self._max_samples, self._max_bytes)))
+        return settle([breakdown for answer in answers for breakdown in answer], samples, self._on_failure)
 
-def _encode(
-    samples: Sequence[RewardSample], only: Sequence[str] | None, form: str
-) -> tuple[ScoreRequest, list[tuple[str, bytes]]]:
-    """The request, and the named pictures that go beside it."""
-    files: list[tuple[str, bytes]] = []
-    wired: list[ScoreSample] = []
-    for index, sample in enumerate(samples):
-        image: InlineImage | PartImage | None = None
-        if sample.image_HWC is not None:
-            data = encode_png(sample.image_HWC)
-            if form == "json":
-                image = InlineImage(mime="image/png", data=base64.b64encode(data).decode("ascii"))
-            else:
-                files.append((f"image-{index}", data))
-                image = PartImage(mime="image/png", part=f"image-{index}")
-        wired.append(
-            ScoreSample(
-                id=sample.id,
-                prompt=sample.prompt.text,
-                metadata=cast("dict[str, JsonValue]", dict(sample.prompt.metadata)),
-                image=image,
-                text=sample.text,
-                seed=sample.seed,
-            )
+    async def score_group(
+        self,
+        samples: Sequence[RewardSample],
+        only: Sequence[str | RewardChoice] | None = None,
+        *,
+        method: Literal["weighted_sum", "group_normalised"] = "weighted_sum",
+        normalise: Literal["none", "affine"] = "none",
+        deadline_s: float | None = None,
+    ) -> GroupScores:
+        """The candidates of one prompt, in one request. As `score`, and ValueError for different prompts."""
+        prompts = {sample.prompt.text for sample in samples}
+        if len(prompts) != 1:
+            raise ValueError(f"score_group takes the candidates of one prompt, got {len(prompts)} prompts")
+        head = _head(only, Aggregate(method=method, normalise=normalise), deadline_s)
+        encoded, answer = await self._ask(samples, lambda sent: _group_request(head(), sent), _until(deadline_s))
+        breakdowns = _join(encoded, answer)
+        ranking: tuple[str, ...] = ()
+        if isinstance(answer, ScoreGroupResponse):
+            pairs = zip(encoded.samples, samples, strict=True)
+            names = {wired.id: sample.id for wired, sample in pairs if isinstance(wired, ScoreSample)}
+            ranking = tuple(names[wire_id] for wire_id in answer.ranking if wire_id in names)
+        return GroupScores(settle(breakdowns, samples, self._on_failure), ranking)
+
+    async def _ask(
+        self,
+        samples: Sequence[RewardSample],
+        make: Callable[[list[ScoreSample]], ScoreRequest | ScoreGroupRequest],
+        until: float | None,
+    ) -> tuple[Encoded, ScoreResponse | RewardFailure]:
+        """One request: what was sent, and the answer or the failure that trying again did not change."""
+        encoded = Encoded()
+        try:
+            async with asyncio.timeout_at(until), self._in_flight:
+                encoded = await asyncio.to_thread(encode, samples, self._form, self._image_format)
+                if not encoded.sent:
+                    return encoded, RewardFailure("invalid_input", "no sample can be sent")
+                return encoded, await self._post(make(encoded.sent), encoded)
+        except TimeoutError:
+            late = RewardFailure("timeout", f"{_SERVER} did not answer before the deadline", retryable=True)
+            return encoded if encoded.samples else Encoded([late] * len(samples)), late
+
+    async def _post(self, request: ScoreRequest | ScoreGroupRequest, encoded: Encoded) -> ScoreResponse | RewardFailure:
+        content, content_type = body_of(request, encoded.files, self._form)
+        headers = {"Content-Type": content_type}
+        path, model = _ROUTES[type(request)]
+        answer = await post_with_retries(
+            lambda: self._http.post(path, content=content, headers=headers), self._retry, _SERVER
         )
-    choices = None if only is None else tuple(RewardChoice(name=name) for name in only)
-    return ScoreRequest(request_id=uuid.uuid4().hex, rewards=choices, samples=tuple(wired)), files
+        if isinstance(answer, RewardFailure):
+            return answer
+        try:
+            return model.model_validate_json(answer.content)
+        except ValidationError as error:
+            problems = error.error_count()
+            message = f"the answer breaks the schema in {problems} place(s); check the versions"
+            return RewardFailure("model_error", message)
 
 
-def _parse(response: httpx.Response) -> ScoreResponse | RewardFailure:
-    try:
-        return ScoreResponse.model_validate_json(response.content)
-    except ValidationError as error:
-        problems = error.error_count()
-        return RewardFailure("model_error", f"the answer breaks the schema in {problems} place(s); check the versions")
+_ROUTES: dict[type[ScoreRequest] | type[ScoreGroupRequest], tuple[str, type[ScoreResponse]]] = {
+    ScoreRequest: ("/v1/score", ScoreResponse),
+    ScoreGroupRequest: ("/v1/score_group", ScoreGroupResponse),
+}
+
+
+def settle(
+    breakdowns: Sequence[RewardBreakdown], samples: Sequence[RewardSample], on_failure: OnFailure
+) -> list[RewardBreakdown]:
+    """What a sample without a reward means for the others.
+
+    mask_sample leaves it a sample without a total. drop_group takes the total from every sample of its group (its
+    `group_id`, or else its prompt) too. Raises RewardError with the counts and the first cause for raise.
+    """
+    failed = [place for place, breakdown in enumerate(breakdowns) if breakdown.total is None]
+    if not failed or on_failure == "mask_sample":
+        return list(breakdowns)
+    if on_failure == "raise":
+        first = failed[0]
+        cause = _cause(breakdowns[first])
+        raise RewardError(
+            f"{len(failed)} of {len(breakdowns)} samples have no reward; the first, {samples[first].id!r}: {cause}"
+        )
+    dropped = {_group(samples[place]) for place in failed}
+    sibling = RewardFailure("cancelled", "another sample of its group has no reward")
+    return [
+        RewardBreakdown(None, breakdown.scores, sibling, breakdown.weights)
+        if breakdown.total is not None and _group(sample) in dropped
+        else breakdown
+        for breakdown, sample in zip(breakdowns, samples, strict=True)
+    ]
+
+
+def _head(
+    only: Sequence[str | RewardChoice] | None, aggregate: Aggregate, deadline_s: float | None
+) -> Callable[[], dict[str, Any]]:
+    """What all requests of one call share; each gets an id of its own."""
+    choices = [RewardChoice(name=choice) if isinstance(choice, str) else choice for choice in only or ()]
+    shared: dict[str, Any] = {
+        "rewards": tuple(choices) if only is not None else None,
+        "aggregate": aggregate,
+        "deadline_ms": None if deadline_s is None else max(1, round(deadline_s * 1000)),
+    }
+    return lambda: {**shared, "request_id": uuid.uuid4().hex}
+
+
+def _group_request(head: dict[str, Any], sent: Sequence[ScoreSample]) -> ScoreGroupRequest:
+    first = sent[0]
+    candidates = tuple(Candidate(**{key: getattr(sample, key) for key in Candidate.model_fields}) for sample in sent)
+    return ScoreGroupRequest(
+        **head, prompt=first.prompt, metadata=first.metadata, reference=first.reference, candidates=candidates
+    )
+
+
+def _until(deadline_s: float | None) -> float | None:
+    return None if deadline_s is None else asyncio.get_running_loop().time() + deadline_s
+
+
+def _join(encoded: Encoded, answer: ScoreResponse | RewardFailure) -> list[RewardBreakdown]:
+    """One breakdown per sample, whether it was sent or not."""
+    if isinstance(answer, ScoreResponse) and [r.id for r in answer.results] != [s.id for s in encoded.sent]:
+        answer = RewardFailure("model_error", f"{_SERVER} answered with other samples than it was asked about")
+    results = iter(answer.results if isinstance(answer, ScoreResponse) else ())
+    breakdowns: list[RewardBreakdown] = []
+    for sample in encoded.samples:
+        problem = sample if isinstance(sample, RewardFailure) else answer
+        failed = isinstance(problem, RewardFailure)
+        breakdowns.append(RewardBreakdown(None, (), problem) if failed else breakdown_of(next(results)))
+    return breakdowns
+
+
+def _cause(breakdown: RewardBreakdown) -> str:
+    errors = [(score.name, score.error) for score in breakdown.scores if score.error is not None]
+    name, error = ("", breakdown.failure) if breakdown.failure is not None or not errors else errors[0]
+    where = f"reward {name!r}: " if name else ""
+    return f"{where}{error.code}: {error.message}" if error is not None else "its mix is not finite"
+
+
+def _group(sample: RewardSample) -> str:
+    return sample.group_id or sample.prompt.id

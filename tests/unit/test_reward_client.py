@@ -16,7 +16,7 @@ SAMPLES = [RewardSample(f"s{i}", Prompt("p", "a sign"), np.zeros((4, 4, 3), np.u
 
 def _ok(request: httpx.Request, value: float = 0.5, reverse: bool = False) -> httpx.Response:
     wire = ScoreRequest.model_validate_json(request.content)
-    component = Component(value=value, weight=1.0, required=True, status="ok")
+    component = Component(raw=value, value=value, weight=1.0, required=True, status="ok")
     results = [SampleResult(id=s.id, status="ok", reward=value, components={"x": component}) for s in wire.samples]
     answer = ScoreResponse(
         request_id=wire.request_id,
@@ -127,4 +127,4 @@ def test_a_component_is_a_value_or_an_error() -> None:
     error = WireError(code="timeout", message="late")
     for value, given in ((None, None), (0.5, error)):
         with pytest.raises(ValueError, match="either a value or an error"):
-            Component(value=value, weight=1.0, required=True, status="ok", error=given)
+            Component(raw=value, value=value, weight=1.0, required=True, status="ok", error=given)

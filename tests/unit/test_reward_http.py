@@ -1,86 +1,25 @@
-"""The HTTP face without Ray: the application on an in-process backend, through httpx's ASGI transport."""
+"""The HTTP face without Ray: what is accepted, what is refused, and what the answers say."""
 
 import asyncio
-import base64
 import json
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
-from raylign.types import Prompt, RewardSample
-from rewards import JpegConfig, RewardMix, make_mix
-from rewards.images import encode_png
+from rewards import make_mix
 from rewards.remote import RewardClient
-from rewards.wire import RewardInfo, ScoreResponse, describe
-from services.reward_config import ServiceConfig
-from services.reward_http import build_api, token_digest
-
-REWARDS = (JpegConfig(), JpegConfig(name="large", direction="incompress", weight=0.5, required=False))
-IMAGES_GHWC = np.random.default_rng(0).integers(0, 256, (3, 24, 80, 3), dtype=np.uint8)
-SAMPLES = [RewardSample(f"s{i}", Prompt(f"s{i}", f"prompt {i}"), image_HWC) for i, image_HWC in enumerate(IMAGES_GHWC)]
-PNG = encode_png(IMAGES_GHWC[0])
-
-
-class LocalBackend:
-    """Scores in this process; `broken` makes it raise instead."""
-
-    def __init__(self, broken: bool = False, ready: bool = True) -> None:
-        self.mix: RewardMix = make_mix(REWARDS)
-        self.broken = broken
-        self.is_ready = ready
-
-    async def score(self, samples, only=None):
-        if self.broken:
-            raise RuntimeError("secret detail")
-        return await self.mix.score(samples, only)
-
-    async def describe(self) -> list[RewardInfo]:
-        return [describe(config, reward) for config, reward in self.mix.rewards]
-
-    async def ready(self) -> dict[str, bool]:
-        return {"jpeg": self.is_ready, "large": True}
-
-
-def _with_app(
-    use: Callable[[httpx.AsyncClient], Awaitable[Any]], backend: LocalBackend | None = None, token=None, **limits
-) -> Any:
-    digest = None if token is None else token_digest(token)
-    app = build_api(backend or LocalBackend(), REWARDS, ServiceConfig(**limits), digest)
-
-    async def main() -> Any:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await use(client)
-
-    return asyncio.run(main())
-
-
-def _post(**kwargs) -> Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]:
-    return lambda client: client.post("/v1/score", **kwargs)
+from rewards.wire import ScoreResponse
+from tests.reward_cases.local_http import JPEGS, PNG, SAMPLES, LocalBackend, app_of, inline, post, refused, with_app
 
 
 def _body(*samples: dict, **more) -> dict:
     return {"samples": list(samples), **more}
 
 
-def _inline(name: str = "a", data: bytes = PNG, **more) -> dict:
-    image = {"encoding": "base64", "mime": "image/png", "data": base64.b64encode(data).decode(), **more}
-    return {"id": name, "prompt": "a sign", "image": image}
-
-
-def _refused(response: httpx.Response, status: int) -> str:
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    return response.json()["error"]["message"]
-
-
 @pytest.mark.parametrize("form", ["json", "multipart"])
 def test_the_client_gets_what_the_process_computes(form) -> None:
-    app = build_api(LocalBackend(), REWARDS, ServiceConfig(), token_digest("s3cret"))
+    app = app_of(token="s3cret")
 
     async def remote():
         transport = httpx.ASGITransport(app)
@@ -88,7 +27,7 @@ def test_the_client_gets_what_the_process_computes(form) -> None:
             return await client.score(SAMPLES), await client.score(SAMPLES, only=["large"]), await client.rewards()
 
     everything, one, listed = asyncio.run(remote())
-    local = asyncio.run(make_mix(REWARDS).score(SAMPLES))
+    local = asyncio.run(make_mix(JPEGS).score(SAMPLES))
     assert [b.total for b in everything] == [b.total for b in local]
     assert [[s.value for s in b.scores] for b in everything] == [[s.value for s in b.scores] for b in local]
     assert everything[0].scores[0].details == local[0].scores[0].details
@@ -99,10 +38,8 @@ def test_the_client_gets_what_the_process_computes(form) -> None:
 
 
 def test_a_bad_picture_among_good_ones_is_a_result() -> None:
-    body = _body(
-        _inline("a"), _inline("b", b"no picture"), _inline("c", sha256="0" * 64), _inline("d"), request_id="r1"
-    )
-    response = _with_app(_post(json=body))
+    body = _body(inline("a"), inline("b", b"no picture"), inline("c", sha256="0" * 64), inline("d"), request_id="r1")
+    response = with_app(post(json=body))
     assert response.status_code == 200
     answer = ScoreResponse.model_validate_json(response.content)
     assert [result.id for result in answer.results] == ["a", "b", "c", "d"]
@@ -115,15 +52,23 @@ def test_a_bad_picture_among_good_ones_is_a_result() -> None:
     assert "not a readable PNG" in error.message
 
 
+@pytest.mark.parametrize("data", ["%%%", "YQ", "YQ==\n", "Y Q=="])
+def test_base64_is_strict_and_costs_its_sample_only(data: str) -> None:
+    image = {"mime": "image/png", "encoding": "base64", "data": data}
+    answer = with_app(post(json=_body({**inline("a"), "image": image}, inline("b")))).json()
+    assert [result["status"] for result in answer["results"]] == ["invalid_input", "ok"]
+    assert "not valid base64" in answer["results"][0]["error"]["message"]
+
+
 def test_a_text_sample_for_picture_rewards_is_a_result() -> None:
-    response = _with_app(_post(json=_body({"id": "t", "prompt": "x", "text": "an answer"})))
+    response = with_app(post(json=_body({"id": "t", "prompt": "x", "text": "an answer"})))
     (result,) = response.json()["results"]
     assert (result["status"], result["reward"]) == ("invalid_input", None)
     assert result["components"]["jpeg"]["error"]["message"] == "the sample has no image"
 
 
 def test_details_can_be_left_out() -> None:
-    response = _with_app(_post(json=_body(_inline(), return_details=False)))
+    response = with_app(post(json=_body(inline(), return_details=False)))
     assert response.json()["results"][0]["components"]["jpeg"]["details"] == {}
 
 
@@ -133,19 +78,24 @@ def test_details_can_be_left_out() -> None:
         ({"samples": []}, "samples"),
         ({"surprise": 1}, "surprise"),
         ({"schema_version": 2}, "schema_version"),
-        ({"samples": [_inline(), _inline()]}, "unique"),
+        ({"samples": [inline(), inline()]}, "unique"),
         ({"samples": [{"id": "a", "prompt": "x"}]}, "either an image or a text"),
-        ({"samples": [{**_inline(), "text": "both"}]}, "either an image or a text"),
-        ({"samples": [{**_inline(), "image": {"encoding": "url", "data": "http://x"}}]}, "image"),
-        ({"samples": [_inline(mime="image/gif")]}, "mime"),
-        ({"rewards": [{"name": "ocr"}]}, "no reward named ocr; served: jpeg, large"),
+        ({"samples": [{**inline(), "text": "both"}]}, "either an image or a text"),
+        ({"samples": [{**inline(), "image": {"encoding": "url", "data": "http://x"}}]}, "image"),
+        ({"samples": [inline(mime="image/gif")]}, "mime"),
+        ({"rewards": [{"name": "jpg"}]}, "no reward named 'jpg'; did you mean 'jpeg'? served: jpeg, large"),
+        ({"rewards": [{"name": "ocr"}]}, "no reward named 'ocr'; served: jpeg, large"),
+        ({"rewards": [{"name": "jpeg"}] * 2}, "rewards must be unique"),
+        ({"rewards": [{"name": "jpeg", "params": {"q": 1}}]}, "takes no params, got q"),
+        ({"samples": [{**inline(), "image": {"url": "http://x", "mime": "image/png"}}]}, "image"),
+        ({"samples": [{**inline(), "url": "http://x"}]}, "url"),
         ({"rewards": []}, "rewards"),
-        ({"samples": [_inline(str(i)) for i in range(5)]}, "at most 4 samples, got 5"),
+        ({"samples": [inline(str(i)) for i in range(5)]}, "at most 4 samples, got 5"),
     ],
 )
 def test_what_breaks_the_schema_is_a_422_that_says_where(change: dict, where: str) -> None:
-    response = _with_app(_post(json={**_body(_inline()), **change}), max_samples=4)
-    message = _refused(response, 422)
+    response = with_app(post(json={**_body(inline()), **change}), max_samples=4)
+    message = refused(response, 422)
     assert where in message
     assert "iVBOR" not in message, "what was sent is not sent back"
 
@@ -155,14 +105,9 @@ def test_what_breaks_the_schema_is_a_422_that_says_where(change: dict, where: st
     [
         (b"{", "not valid JSON"),
         (b'{"samples": NaN}', ""),
-        (
-            json.dumps(_body({**_inline(), "image": {"mime": "image/png", "encoding": "base64", "data": "%%%"}})),
-            "base64",
-        ),
-        (
-            json.dumps(_body({**_inline(), "image": {"mime": "image/png", "encoding": "base64", "data": "YQ"}})),
-            "base64",
-        ),
+        (b'{"samples": ' + b"[" * 100_000, "nests too deeply"),
+        (b'{"samples": [{"metadata": ' + b"[" * 250 + b"]" * 250 + b"}]}", "nests too deeply"),
+        (b'{"samples": "\xff"}', "not valid JSON"),
         (
             json.dumps(
                 _body({"id": "a", "prompt": "", "image": {"mime": "image/png", "encoding": "part", "part": "x"}})
@@ -173,8 +118,8 @@ def test_what_breaks_the_schema_is_a_422_that_says_where(change: dict, where: st
 )
 def test_what_is_malformed_is_a_400(body, reason: str) -> None:
     headers = {"Content-Type": "application/json"}
-    response = _with_app(_post(content=body, headers=headers))
-    assert reason in _refused(response, 422 if b"NaN" in (body if isinstance(body, bytes) else b"") else 400)
+    response = with_app(post(content=body, headers=headers))
+    assert reason in refused(response, 422 if b"NaN" in (body if isinstance(body, bytes) else b"") else 400)
 
 
 def _parts(*parts: tuple[str, str | bytes]) -> list:
@@ -184,22 +129,22 @@ def _parts(*parts: tuple[str, str | bytes]) -> list:
 def test_multipart_bodies_are_checked_part_by_part() -> None:
     image = {"encoding": "part", "mime": "image/png", "part": "x"}
     head = json.dumps(_body({"id": "a", "prompt": "p", "image": image}))
-    good = _with_app(_post(files=_parts(("request", head), ("x", PNG))))
+    good = with_app(post(files=_parts(("request", head), ("x", PNG))))
     assert good.json()["counts"] == {"ok": 1}
-    as_field = _with_app(_post(data={"request": head}, files=_parts(("x", PNG))))
+    as_field = with_app(post(data={"request": head}, files=_parts(("x", PNG))))
     assert as_field.json()["counts"] == {"ok": 1}
-    assert "no part 'request'" in _refused(_with_app(_post(files=_parts(("x", PNG)))), 400)
-    assert "not sent" in _refused(_with_app(_post(files=_parts(("request", head)))), 400)
-    extra = _with_app(_post(files=_parts(("request", head), ("x", PNG), ("y", PNG))))
-    assert "no sample names the part(s) y" in _refused(extra, 400)
-    twice = _with_app(_post(files=_parts(("request", head), ("x", PNG), ("x", PNG))))
-    assert "more than once" in _refused(twice, 400)
+    assert "no part 'request'" in refused(with_app(post(files=_parts(("x", PNG)))), 400)
+    assert "not sent" in refused(with_app(post(files=_parts(("request", head)))), 400)
+    extra = with_app(post(files=_parts(("request", head), ("x", PNG), ("y", PNG))))
+    assert "no sample names the part(s) y" in refused(extra, 400)
+    twice = with_app(post(files=_parts(("request", head), ("x", PNG), ("x", PNG))))
+    assert "more than once" in refused(twice, 400)
     headers = {"Content-Type": "multipart/form-data"}
-    assert _refused(_with_app(_post(content=b"nonsense", headers=headers)), 400)
+    assert refused(with_app(post(content=b"nonsense", headers=headers)), 400)
 
 
 def test_other_media_types_are_a_415() -> None:
-    assert "application/json" in _refused(_with_app(_post(content=b"x", headers={"Content-Type": "text/xml"})), 415)
+    assert "application/json" in refused(with_app(post(content=b"x", headers={"Content-Type": "text/xml"})), 415)
 
 
 async def _drip(data: bytes):
@@ -210,45 +155,50 @@ async def _drip(data: bytes):
 @pytest.mark.parametrize("form", ["json", "multipart"])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_above_the_cap_is_a_413(form: str, chunked: bool) -> None:
-    request = httpx.Request("POST", "http://test", json=_body(_inline()))
+    request = httpx.Request("POST", "http://test", json=_body(inline()))
     if form == "multipart":
         request = httpx.Request("POST", "http://test", files=_parts(("request", "{}"), ("x", PNG)))
     content, headers = request.read(), {"Content-Type": request.headers["Content-Type"]}
-    response = _with_app(_post(content=_drip(content) if chunked else content, headers=headers), max_body_bytes=1000)
-    assert "1000 bytes" in _refused(response, 413)
+    response = with_app(post(content=_drip(content) if chunked else content, headers=headers), max_body_bytes=1000)
+    assert "1000 bytes" in refused(response, 413)
 
 
 @pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer", "Basic s3cret", "s3cret"])
 def test_a_token_is_needed_where_one_is_set(header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header}
-    response = _with_app(_post(json=_body(_inline()), headers=headers), token="s3cret")
-    _refused(response, 401)
+    response = with_app(post(json=_body(inline()), headers=headers), token="s3cret")
+    refused(response, 401)
     assert response.headers["WWW-Authenticate"] == "Bearer"
-    assert _with_app(lambda client: client.get("/v1/rewards", headers=headers), token="s3cret").status_code == 401
-    assert _with_app(lambda client: client.get("/v1/healthz"), token="s3cret").status_code == 200
+    assert with_app(lambda client: client.get("/v1/rewards", headers=headers), token="s3cret").status_code == 401
+    assert with_app(lambda client: client.get("/v1/healthz"), token="s3cret").status_code == 200
+
+
+async def _break(_samples) -> None:
+    raise RuntimeError("secret detail")
 
 
 def test_an_unexpected_error_names_a_log_entry_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
-        response = _with_app(_post(json=_body(_inline())), LocalBackend(broken=True))
-    assert _refused(response, 500) == "the service failed"
+        response = with_app(post(json=_body(inline())), LocalBackend(before=_break))
+    assert refused(response, 500) == "the service failed"
     assert "secret" not in response.text
     assert response.json()["log_id"] in caplog.text
     assert "secret detail" in caplog.text
 
 
 def test_probes() -> None:
-    assert _with_app(lambda client: client.get("/v1/healthz")).json() == {"status": "ok"}
-    ready = _with_app(lambda client: client.get("/v1/readyz"))
-    assert (ready.status_code, ready.json()) == (200, {"ready": True, "rewards": {"jpeg": True, "large": True}})
-    waiting = _with_app(lambda client: client.get("/v1/readyz"), LocalBackend(ready=False))
+    assert with_app(lambda client: client.get("/v1/healthz")).json() == {"status": "ok"}
+    ready = with_app(lambda client: client.get("/v1/readyz"))
+    assert ready.status_code == 200
+    assert ready.json() == {"ready": True, "rewards": {"jpeg": True, "large": True}, "problems": {}}
+    waiting = with_app(lambda client: client.get("/v1/readyz"), LocalBackend(problem="a canary passed"))
     assert (waiting.status_code, waiting.json()["ready"]) == (503, False)
-    assert _refused(_with_app(lambda client: client.get("/v1/nowhere")), 404) == "Not Found"
-    assert _refused(_with_app(lambda client: client.get("/v1/score")), 405) == "Method Not Allowed"
+    assert waiting.json()["problems"] == {"jpeg": "a canary passed"}
+    assert refused(with_app(lambda client: client.get("/v1/nowhere")), 404) == "Not Found"
+    assert refused(with_app(lambda client: client.get("/v1/score")), 405) == "Method Not Allowed"
 
 
-def test_the_openapi_document_knows_both_forms() -> None:
-    document = _with_app(lambda client: client.get("/openapi.json")).json()
-    content = document["paths"]["/v1/score"]["post"]["requestBody"]["content"]
-    assert set(content) == {"application/json", "multipart/form-data"}
-    assert content["application/json"]["schema"]["additionalProperties"] is False
+def test_the_answer_says_who_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYLIGN_GIT_SHA", "abc")
+    service = with_app(post(json=_body(inline()))).json()["service"]
+    assert (service["name"], service["git_sha"], service["config_hash"]) == ("raylign", "abc", "c0ffee")
