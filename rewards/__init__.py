@@ -16,6 +16,7 @@ from rewards.clip_score import ClipScoreConfig, ClipScoreReward
 from rewards.countdown import CountdownConfig, CountdownReward
 from rewards.format_tags import FormatTagsConfig, FormatTagsReward
 from rewards.hps import HpsConfig, HpsReward
+from rewards.imagereward import ImageRewardConfig, ImageRewardReward
 from rewards.jpeg import JpegConfig, JpegReward
 from rewards.mix import RewardMix, check_names, mix
 from rewards.ocr import OcrConfig, OcrReward
@@ -28,6 +29,7 @@ AnyRewardConfig = (
     | ClipScoreConfig
     | PickScoreConfig
     | HpsConfig
+    | ImageRewardConfig
     | AestheticConfig
     | CountdownConfig
     | SudokuConfig
@@ -40,6 +42,7 @@ REWARDS = {
     ClipScoreConfig: ClipScoreReward,
     PickScoreConfig: PickScoreReward,
     HpsConfig: HpsReward,
+    ImageRewardConfig: ImageRewardReward,
     AestheticConfig: AestheticReward,
     CountdownConfig: CountdownReward,
     SudokuConfig: SudokuReward,
@@ -70,6 +73,8 @@ __all__ = [
     "FormatTagsReward",
     "HpsConfig",
     "HpsReward",
+    "ImageRewardConfig",
+    "ImageRewardReward",
     "JpegConfig",
     "JpegReward",
     "OcrConfig",
