@@ -14,7 +14,6 @@ with another value, else 0, so that a tag alone earns nothing.
 from __future__ import annotations
 
 import ast
-import asyncio
 import operator
 import re
 import warnings
@@ -99,10 +98,10 @@ class CountdownReward:
         read_task(prompt)
 
     async def score(self, samples: Sequence[RewardSample]) -> list[RewardScore]:
-        return await asyncio.to_thread(score_texts, self, samples, self._judge)
+        return await score_texts(self, samples, self._judge)
 
-    def _judge(self, prompt: Prompt, text: str) -> Verdict:
-        task = read_task(prompt)
+    def _judge(self, sample: RewardSample, text: str) -> Verdict:
+        task = read_task(sample.prompt)
         return judge_d1(task, text) if self._rule_version == "d1" else judge_clean(task, text, self._format_score)
 
 

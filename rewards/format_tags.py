@@ -15,7 +15,6 @@ The d1 patterns are matched by hand in linear time, with the same result.
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Self
@@ -83,7 +82,7 @@ class FormatTagsReward:
         """Any prompt will do."""
 
     async def score(self, samples: Sequence[RewardSample]) -> list[RewardScore]:
-        return await asyncio.to_thread(score_texts, self, samples, lambda _, text: self._rule(text))
+        return await score_texts(self, samples, lambda _, text: self._rule(text))
 
 
 _RANGES: dict[str, tuple[float, float] | None] = {

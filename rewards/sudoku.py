@@ -10,7 +10,6 @@ listed one or another; otherwise the fraction of empty cells that equal the solu
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,10 +82,10 @@ class SudokuReward:
         read_task(prompt)
 
     async def score(self, samples: Sequence[RewardSample]) -> list[RewardScore]:
-        return await asyncio.to_thread(score_texts, self, samples, self._judge)
+        return await score_texts(self, samples, self._judge)
 
-    def _judge(self, prompt: Prompt, text: str) -> Verdict:
-        task = read_task(prompt)
+    def _judge(self, sample: RewardSample, text: str) -> Verdict:
+        task = read_task(sample.prompt)
         return judge_d1(task, text) if self._rule_version == "d1" else judge_clean(task, text, self._partial)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from raylign.errors import PromptError
-from raylign.types import JsonValue, Prompt, RewardSample, RewardScore
+from raylign.types import JsonValue, RewardSample, RewardScore
 from rewards import base
-from rewards.base import Reward
+from rewards.base import FailureCode, Reward
 
 MAX_TEXT_CHARS = 2**18
 """A longer completion is no answer but an attack on the rule."""
@@ -23,6 +25,19 @@ class Verdict:
 
     value: float
     details: Mapping[str, JsonValue] = field(default_factory=dict[str, JsonValue])
+
+
+@dataclass(frozen=True, slots=True)
+class NoVerdict:
+    """Why a rule has no answer; the message may travel to clients."""
+
+    code: FailureCode
+    message: str
+    retryable: bool = False
+
+
+Rule = Callable[[RewardSample, str], Verdict | NoVerdict]
+"""Judges a sample by its text, which is there; raises PromptError for a prompt that it cannot judge by."""
 
 
 def verdict(value: float, answer: str | None, reason: str, **details: JsonValue) -> Verdict:
@@ -46,20 +61,28 @@ def text_problem(sample: RewardSample) -> str | None:
     return None
 
 
-def score_texts(
-    reward: Reward, samples: Sequence[RewardSample], rule: Callable[[Prompt, str], Verdict]
+async def score_texts(
+    reward: Reward, samples: Sequence[RewardSample], rule: Rule, threads: ThreadPoolExecutor | None = None
 ) -> list[RewardScore]:
-    """One score per sample, in order; `rule` raises PromptError for a prompt that it cannot judge by."""
-    return [_score_one(reward, sample, rule) for sample in samples]
+    """One score per sample, in order, computed off the event loop: in one thread, or side by side in `threads`."""
+    if threads is None:
+        return await asyncio.to_thread(lambda: [score_text(reward, sample, rule) for sample in samples])
+    loop = asyncio.get_running_loop()
+    return list(
+        await asyncio.gather(*(loop.run_in_executor(threads, score_text, reward, sample, rule) for sample in samples))
+    )
 
 
-def _score_one(reward: Reward, sample: RewardSample, rule: Callable[[Prompt, str], Verdict]) -> RewardScore:
+def score_text(reward: Reward, sample: RewardSample, rule: Rule) -> RewardScore:
+    """One sample's score."""
     problem = text_problem(sample)
     if problem is not None or sample.text is None:
         return base.failure(reward, "invalid_input", problem or "the sample has no text")
     started = time.perf_counter()
     try:
-        judged = rule(sample.prompt, sample.text)
+        judged = rule(sample, sample.text)
     except PromptError as error:
         return base.failure(reward, "invalid_input", str(error))
+    if isinstance(judged, NoVerdict):
+        return base.failure(reward, judged.code, judged.message, judged.retryable)
     return base.success(reward, judged.value, time.perf_counter() - started, judged.details)

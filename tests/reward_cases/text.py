@@ -5,12 +5,14 @@ import numpy as np
 from raylign.types import Prompt, RewardSample
 from rewards.countdown import CountdownConfig
 from rewards.format_tags import FormatTagsConfig
+from rewards.math_answer import MathAnswerConfig
 from rewards.sudoku import SudokuConfig
 from tests.reward_cases.case import Case
 
 PICTURE = np.zeros((8, 8, 3), np.uint8)
 COUNTDOWN = Prompt("c", "make 24 of 4, 6, 1", {"numbers": [4, 6, 1], "target": 24})
 SUDOKU = Prompt("s", "solve", {"puzzle": "1200340021434321", "solution": "1234341221434321"})
+MATH = Prompt("m", "what is 6 times 7?", {"answer": "42"})
 PLAIN = Prompt("f", "think, then answer")
 
 
@@ -44,6 +46,14 @@ CASES = [
         _texts(SUDOKU, "<answer>1234341221434321</answer>", "<answer>1234344121434321</answer>", "none"),
         _bad(SUDOKU, {}, {"puzzle": 12, "solution": 12}, {"puzzle": "0" * 16, "solution": "1" * 16}),
         prompt=SUDOKU,
+    ),
+    Case(
+        MathAnswerConfig(num_workers=1),
+        _texts(
+            MATH, r"\boxed{42}", r"\boxed{84/2}", r"\boxed{41}", "none", r"\boxed{9^{9^9}}", "<answer>42.0</answer>"
+        ),
+        _bad(MATH, {}, {"answer": ["42"]}, {"answer": ""}),
+        prompt=MATH,
     ),
     Case(
         FormatTagsConfig(),
