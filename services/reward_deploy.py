@@ -1,0 +1,210 @@
+"""Applications of the reward service, and how they come up on Ray Serve and go away again.
+
+training ── handle, one call per group, raw uint8 pictures ──▶ reward "ocr"  ─┐ replicas: calls that arrive
+ingress  ── handle, one call per request ────────────────────▶ reward "jpeg" ─┘ together are scored together
+   ▲
+   └── HTTP: JSON or multipart (services/reward_http.py)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve import Application
+from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatusOverview, LoggingConfig
+
+from raylign.errors import ClusterError
+from rewards import RewardUnion
+from services.reward_config import AutoscalingConfig, ServiceConfig, ServingConfig
+from services.reward_http import build_api
+from services.reward_replica import RewardReplica
+from services.reward_scorer import HandleScorer
+
+HTTP_CPUS = 0.5
+"""CPUs that Ray sets aside for each process of the HTTP face."""
+_MAX_HTTP_REQUESTS = 100
+_DELETE_MARGIN_S = 5.0
+_FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
+_QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+_CONTROL: dict[str, Any] = {
+    "health_check_period_s": 5.0,
+    "max_constructor_retry_count": 2,
+    "graceful_shutdown_wait_loop_s": 0.1,
+}
+
+
+class RewardIngress:
+    """The HTTP face in a replica of its own: `services.reward_http` on handles."""
+
+    def __init__(
+        self,
+        rewards: Sequence[RewardUnion],
+        service: ServiceConfig,
+        digest: str | None,
+        handles: Mapping[str, DeploymentHandle],
+    ) -> None:
+        self._rewards, self._service, self._digest = rewards, service, digest
+        self._scorer = HandleScorer(rewards, handles, service, waits_when_full=False)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_api(self._scorer, self._rewards, self._service, self._digest, config_hash(self._rewards))
+
+
+def config_hash(rewards: Sequence[RewardUnion]) -> str:
+    """Equal for services whose rewards are configured alike."""
+    tables = [reward.model_dump(mode="json") for reward in rewards]
+    return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def num_cpus(rewards: Sequence[RewardUnion], service: ServiceConfig) -> float:
+    """CPUs that the whole service reserves when every reward has its most replicas."""
+    servings = [service.serving(reward.name) for reward in rewards]
+    return HTTP_CPUS * service.http_replicas + sum(s.max_replicas * s.num_cpus_per_replica for s in servings)
+
+
+def reward_application(config: RewardUnion, service: ServiceConfig) -> Application:
+    """One reward. Its deployment has the reward's name."""
+    serving = service.serving(config.name)
+    resources = {"num_cpus": serving.num_cpus_per_replica, "num_gpus": serving.num_gpus_per_replica}
+    as_deployment = serve.deployment(
+        name=config.name,
+        # Twice what its batches take, so that the next one fills while others are scored.
+        max_ongoing_requests=2 * serving.max_batch_size * serving.max_concurrent_batches,
+        # Ray gives a process one OMP thread per whole CPU of this, at least one.
+        ray_actor_options=resources,
+        **_count(serving),
+        **_back_pressure(serving, service),
+        **_CONTROL,
+    )
+    return as_deployment(RewardReplica).bind(config, serving)
+
+
+def ingress_application(
+    rewards: Sequence[RewardUnion],
+    service: ServiceConfig,
+    digest: str | None,
+    handles: Mapping[str, DeploymentHandle | Application],
+) -> Application:
+    """The HTTP face of running rewards, or of applications that then become part of this one."""
+    as_deployment = serve.deployment(
+        name="http",
+        num_replicas=service.http_replicas,
+        max_ongoing_requests=_MAX_HTTP_REQUESTS,
+        ray_actor_options={"num_cpus": HTTP_CPUS},
+        **_back_pressure(service, service),
+        **_CONTROL,
+    )
+    return as_deployment(serve.ingress()(RewardIngress)).bind(tuple(rewards), service, digest, dict(handles))
+
+
+def _count(serving: ServingConfig) -> dict[str, Any]:
+    """A number of replicas, or how to find one."""
+    scaling = serving.autoscaling
+    return {"num_replicas": serving.num_replicas} if scaling is None else {"autoscaling_config": _scaling(scaling)}
+
+
+def _scaling(scaling: AutoscalingConfig) -> dict[str, Any]:
+    return {
+        "min_replicas": scaling.min_replicas,
+        "max_replicas": scaling.max_replicas,
+        "target_ongoing_requests": scaling.target_ongoing,
+        "upscale_delay_s": scaling.upscale_delay_s,
+        "downscale_delay_s": scaling.downscale_delay_s,
+    }
+
+
+def _back_pressure(serving: ServingConfig, service: ServiceConfig) -> dict[str, Any]:
+    return {
+        "max_queued_requests": serving.max_queued_requests,
+        "backpressure_config": {"status_code": 429, "retry_after_s": service.retry_after_s},
+        "graceful_shutdown_timeout_s": serving.drain_timeout_s,
+    }
+
+
+def start_serve(service: ServiceConfig, http: bool) -> None:
+    """Start Serve on the cluster; where it already runs, it keeps its own HTTP settings. Raises ClusterError."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its news is not the run's
+    location: Literal["HeadOnly", "Disabled"] = "HeadOnly" if http else "Disabled"
+    # Above our own limit, so that a slow reward is a result with a status and not a 408.
+    slowest_s = max(serving.timeout_s for serving in (service, *service.per_reward.values()))
+    options = HTTPOptions(host=service.host, port=service.port, request_timeout_s=2 * slowest_s)
+    try:
+        serve.start(proxy_location=location, http_options=options if http else None, logging_config=_QUIET)
+    except (RayError, RayServeException) as error:
+        where = f" at {service.host}:{service.port}; is the port taken? Set another service.port" if http else ""
+        raise ClusterError(f"Ray Serve did not start{where}") from error
+
+
+def deploy(apps: Mapping[str, Application], route_prefix: str | None, timeout_s: float) -> list[DeploymentHandle]:
+    """Deploy applications side by side and wait until all run. Raises ClusterError with Serve's reason.
+
+    Serve's own waiting has no end, for instance when no node has the CPUs that a replica asks for.
+    """
+    targets = [serve.RunTarget(app, name, route_prefix, _QUIET) for name, app in apps.items()]
+    handles = serve.run_many(targets, wait_for_applications_running=False)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        status = {name: app for name, app in serve.status().applications.items() if name in apps}
+        waiting = [name for name in apps if name not in status or status[name].status != "RUNNING"]
+        if not waiting:
+            return handles
+        failed = next((name for name in waiting if name in status and status[name].status in _FAILED), None)
+        if failed is not None or time.monotonic() > deadline:
+            name = failed or waiting[0]
+            raise ClusterError(
+                f"{name!r} of the reward service did not start: {_reason(status.get(name))}; see that the cluster has "
+                "CPUs free for every replica (num_cpus_per_replica) and the reward's packages"
+            )
+        time.sleep(0.05)
+
+
+def _reason(app: ApplicationStatusOverview | None) -> str:
+    """What Serve knows about an application that does not run."""
+    if app is None:
+        return "Serve does not know it"
+    messages = [app.message, *(deployment.message for deployment in app.deployments.values())]
+    return "; ".join(message.strip() for message in messages if message.strip()) or app.status.value
+
+
+def wait_for_proxy(timeout_s: float = 30.0) -> None:
+    """Raise ClusterError unless an HTTP proxy is up: a Serve that was started without one does not get one later."""
+    deadline = time.monotonic() + timeout_s
+    while not any(status == "HEALTHY" for status in serve.status().proxies.values()):
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                "Ray Serve runs on this cluster without HTTP; use another cluster, or start this service first"
+            )
+        time.sleep(0.1)
+
+
+def remove(stages: Sequence[Sequence[str]], drain_timeout_s: float, with_serve: bool = True) -> None:
+    """Delete applications stage by stage, each when the one before has answered the calls it has.
+
+    `with_serve`: also Serve itself, unless something else runs on it.
+    """
+    ours = {app for stage in stages for app in stage}
+    for place, stage in enumerate(stages):
+        for app in set(serve.status().applications) & set(stage):
+            serve.delete(app, _blocking=False)
+        # Nobody needs the last stage's answers, unless Serve itself stays and the cluster goes away right after.
+        if place + 1 < len(stages) or not with_serve:
+            _wait_until_gone(stage, drain_timeout_s + _DELETE_MARGIN_S)
+    if with_serve and set(serve.status().applications) <= ours:
+        serve.shutdown()
+
+
+def _wait_until_gone(apps: Sequence[str], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while set(serve.status().applications) & set(apps) and time.monotonic() < deadline:
+        time.sleep(0.05)
