@@ -18,9 +18,12 @@ from rewards.format_tags import FormatTagsConfig, FormatTagsReward
 from rewards.hps import HpsConfig, HpsReward
 from rewards.imagereward import ImageRewardConfig, ImageRewardReward
 from rewards.jpeg import JpegConfig, JpegReward
+from rewards.math_answer import MathAnswerConfig, MathAnswerReward
 from rewards.mix import RewardMix, check_names, mix
 from rewards.ocr import OcrConfig, OcrReward
 from rewards.pickscore import PickScoreConfig, PickScoreReward
+from rewards.r3 import R3Reward
+from rewards.r3_judge import R3Config
 from rewards.sudoku import SudokuConfig, SudokuReward
 
 AnyRewardConfig = (
@@ -33,7 +36,9 @@ AnyRewardConfig = (
     | AestheticConfig
     | CountdownConfig
     | SudokuConfig
+    | MathAnswerConfig
     | FormatTagsConfig
+    | R3Config
 )  # fmt: skip
 RewardUnion = Annotated[AnyRewardConfig, Field(discriminator="type")]
 REWARDS = {
@@ -46,7 +51,9 @@ REWARDS = {
     AestheticConfig: AestheticReward,
     CountdownConfig: CountdownReward,
     SudokuConfig: SudokuReward,
+    MathAnswerConfig: MathAnswerReward,
     FormatTagsConfig: FormatTagsReward,
+    R3Config: R3Reward,
 }
 
 
@@ -77,10 +84,14 @@ __all__ = [
     "ImageRewardReward",
     "JpegConfig",
     "JpegReward",
+    "MathAnswerConfig",
+    "MathAnswerReward",
     "OcrConfig",
     "OcrReward",
     "PickScoreConfig",
     "PickScoreReward",
+    "R3Config",
+    "R3Reward",
     "Reward",
     "RewardConfig",
     "RewardMix",

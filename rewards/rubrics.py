@@ -63,6 +63,8 @@ class Rubric(Config):
     """What the judge is told the response was meant to do, and what to judge."""
     source: str = ""
     """Who wrote it, or where it comes from."""
+    about_content: bool = True
+    """Whether it asks what is shown or said; only then do pictures of mere words deserve the lowest score."""
     point: PointCriteria | None = None
     """For marks from 1 to 5."""
     pair: PairCriteria | None = None

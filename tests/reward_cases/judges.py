@@ -1,0 +1,91 @@
+"""Judges around an engine that answers from a script."""
+
+import hashlib
+import json
+from collections.abc import Callable
+
+import numpy as np
+
+from raylign.types import Prompt, RewardFailure, RewardSample
+from rewards.judge_engine import JudgeReply, JudgeRequest, LabelLogprobs
+from rewards.r3 import R3Reward
+from rewards.r3_judge import R3Config
+from tests.reward_cases.case import Case
+
+Answer = JudgeReply | RewardFailure | str
+QUESTION = Prompt("q", "What is 2 + 2?")
+
+
+class ScriptedEngine:
+    """Answers every request by a function of it, and remembers them all."""
+
+    fingerprint = "scripted"
+
+    def __init__(
+        self,
+        answer: Callable[[JudgeRequest], Answer] | None = None,
+        labels: Callable[[JudgeRequest, tuple[str, ...]], LabelLogprobs | RewardFailure] | None = None,
+    ) -> None:
+        self.requests: list[JudgeRequest] = []
+        self.num_loads = 0
+        self._answer = answer
+        self._labels = labels
+
+    def load(self) -> None:
+        self.num_loads += 1
+
+    async def ask(self, request: JudgeRequest) -> JudgeReply | RewardFailure:
+        self.requests.append(request)
+        assert self._answer is not None, "this script has no answers"
+        answer = self._answer(request)
+        return JudgeReply(answer) if isinstance(answer, str) else answer
+
+    async def label_logprobs(self, request: JudgeRequest, labels: tuple[str, ...]) -> LabelLogprobs | RewardFailure:
+        self.requests.append(request)
+        assert self._labels is not None, "this script has no labels"
+        return self._labels(request, labels)
+
+
+def verdict(score: object, explanation: str = "because") -> str:
+    """An answer as R3 gives it."""
+    return json.dumps({"explanation": explanation, "score": score})
+
+
+def said(request: JudgeRequest) -> str:
+    """Everything that a request says to the judge."""
+    return "\n".join(message.text for message in request.messages)
+
+
+def bits(request: JudgeRequest) -> int:
+    """A number that depends on all that a judge is shown, and on the seed."""
+    pictures = b"".join(image_HWC.tobytes() for message in request.messages for image_HWC in message.images_HWC)
+    return int.from_bytes(hashlib.sha256(f"{said(request)}{request.seed}".encode() + pictures).digest()[:4], "big")
+
+
+def texts(count: int) -> list[RewardSample]:
+    """Answers to one question."""
+    return [RewardSample(f"s{i}", QUESTION, text=f"It is {i}.", seed=i) for i in range(count)]
+
+
+def pictures(count: int) -> list[RewardSample]:
+    """Pictures for one caption."""
+    images = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    return [RewardSample(f"s{i}", Prompt("p", "a red cube"), image_HWC, seed=i) for i, image_HWC in enumerate(images)]
+
+
+BAD_TEXTS = [
+    RewardSample("nothing", QUESTION),
+    RewardSample("empty prompt", Prompt("e", "  "), text="It is 4."),
+    RewardSample("too long", QUESTION, text="word " * 20_000),
+    RewardSample("grey", QUESTION, np.zeros((8, 8), np.uint8), text="It is 4."),
+]
+
+
+def make_r3(config: R3Config) -> R3Reward:
+    """An R3 reward whose judge marks by a hash of what it is shown."""
+    return R3Reward(config, ScriptedEngine(lambda request: verdict(1 + bits(request) % 5)))
+
+
+CASES = [
+    Case(R3Config(num_samples=2, repeatable=True), texts, BAD_TEXTS, make_r3, QUESTION),  # type: ignore[arg-type]
+]
