@@ -9,12 +9,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from raylign.errors import ConfigError, PromptError
+from raylign.errors import PromptError
 from raylign.types import Prompt, RewardSample, RewardScore
 from rewards import base
 from rewards.base import Modality, RewardConfig
@@ -41,9 +40,27 @@ class OcrConfig(RewardConfig):
     mode: Literal["clean", "flow_grpo"] = "clean"
     """clean: surplus text costs, typographic quotes count. flow_grpo: as published, for comparison."""
     engine: EngineName = "rapidocr_rec"
-    """rapidocr_rec: one line that fills the picture, fast. rapidocr: text is looked for first."""
+    """rapidocr_rec: one line that fills the picture, fast. rapidocr: text is looked for first. paddleocr: as most
+    published runs, needs its own packages. tesseract: a program for scanned pages, for smoke tests."""
     num_threads: int = Field(default=1, ge=1)
     """Threads per picture."""
+    language: str | None = Field(default=None, pattern=r"^[A-Za-z_]+(\+[A-Za-z_]+)*$")
+    """What paddleocr (en when not given) and tesseract (eng) look for, in their own spelling."""
+    tesseract_path: str = "tesseract"
+    """The program, for that engine."""
+    page_mode: int = Field(default=7, ge=0, le=13)
+    """tesseract's --psm: 7 takes the picture for one line, 11 looks for text anywhere."""
+    timeout_s: float = Field(default=20.0, gt=0)
+    """After this tesseract is killed and the sample fails."""
+
+    @model_validator(mode="after")
+    def _language_is_used(self) -> OcrConfig:
+        if self.language is not None and self.engine.startswith("rapidocr"):
+            raise ValueError(
+                f"rewards.language {self.language!r} has no effect on engine {self.engine!r}; leave it out, or use "
+                "engine 'paddleocr' or 'tesseract'"
+            )
+        return self
 
 
 class OcrReward:
@@ -54,15 +71,27 @@ class OcrReward:
     higher_is_better = True
     deterministic = True
     uses_seed = False
-    fingerprint = ""
     metadata_keys: Mapping[str, str] = {"target": "the text the picture should show; the quoted text when not given"}
 
     def __init__(self, config: OcrConfig, engine: OcrEngine | None = None) -> None:
-        """`engine` replaces the configured one. Raises ConfigError when RapidOCR is not installed."""
+        """`engine` replaces the configured one. Raises ConfigError when the engine is not installed."""
         self.name = config.name
         self._mode = config.mode
-        self._engine = engine or make_engine(config.engine, config.num_threads)
-        self.version = f"{RULE_VERSION}/{config.mode}/{config.engine}-{_rapidocr_version()}"
+        self._engine = engine or make_engine(
+            config.engine,
+            config.num_threads,
+            language=config.language,
+            tesseract_path=config.tesseract_path,
+            page_mode=config.page_mode,
+            timeout_s=config.timeout_s,
+        )
+        self.version = f"{RULE_VERSION}/{config.mode}/{config.engine}-{self._engine.version}"
+        if config.engine == "tesseract":
+            self.version += f"/psm{config.page_mode}"
+
+    @property
+    def fingerprint(self) -> str:
+        return self._engine.fingerprint
 
     def load(self) -> None:
         self._engine.load()
@@ -90,6 +119,9 @@ class OcrReward:
         started = time.perf_counter()
         try:
             recognised = self._engine.read(sample.image_HWC)
+        except TimeoutError:
+            logger.warning("reward %r ran out of time on sample %r", self.name, sample.id)
+            return base.failure(self, "timeout", "text recognition took too long for this picture", retryable=True)
         except Exception:  # ONNX Runtime and OpenCV raise what they like; the sample has no value then
             logger.exception("reward %r could not read sample %r", self.name, sample.id)
             return base.failure(self, "model_error", "text recognition failed; see the scorer's log for this sample")
@@ -115,12 +147,3 @@ class OcrReward:
                 f"prompt {prompt.id!r} has the target {target!r}; it needs a letter or a digit to compare"
             )
         return target
-
-
-def _rapidocr_version() -> str:
-    try:
-        return metadata.version("rapidocr")
-    except metadata.PackageNotFoundError:
-        raise ConfigError(
-            "reward 'ocr' needs RapidOCR, which is not installed; pip install rapidocr onnxruntime"
-        ) from None

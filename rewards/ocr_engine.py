@@ -1,28 +1,46 @@
-"""Text recognition by RapidOCR: the models are inside its wheel, so nothing is downloaded.
+"""What reads the text in a picture. RapidOCR is here: its models are inside its wheel, so nothing is downloaded.
 
-RapidOCR and ONNX Runtime are imported when an engine is built, not when a configuration is read.
+Engines import their libraries when they load, not when a configuration is read.
 """
 
 from __future__ import annotations
 
 import threading
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from raylign.errors import ConfigError
+from rewards.ocr_paddle import PaddleReader
+from rewards.ocr_tesseract import TesseractReader
 
 if TYPE_CHECKING:
     import numpy as np
 
-EngineName = Literal["rapidocr_rec", "rapidocr"]
+EngineName = Literal["rapidocr_rec", "rapidocr", "paddleocr", "tesseract"]
 
 
 class OcrEngine(Protocol):
-    """Reads one picture. Calls from several threads are allowed and wait for each other."""
+    """Reads one picture. Calls from several threads are allowed; they may wait for each other."""
+
+    @property
+    def version(self) -> str:
+        """Of the library or program."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of model files that the version does not settle, known after `load`; empty without any."""
+        ...
 
     def load(self) -> None:
         """Build the models, once."""
         ...
 
     def read(self, image_HWC: np.ndarray) -> str:
-        """The text in an RGB uint8 picture; empty when there is none. Raises whatever the model raises."""
+        """The text in an RGB uint8 picture; empty when there is none.
+
+        Raises TimeoutError when it takes too long, and whatever else the model raises.
+        """
         ...
 
 
@@ -34,7 +52,11 @@ class LineReader:
     no score depends on its neighbours.
     """
 
+    fingerprint = ""
+
     def __init__(self, num_threads: int) -> None:
+        """Raises ConfigError when RapidOCR is not installed."""
+        self.version = _rapidocr_version()
         self._num_threads = num_threads
         self._lock = threading.Lock()
         self._recogniser: Any = None
@@ -68,7 +90,11 @@ class PageReader:
     No line is dropped for low confidence, as in flow_grpo (confidence > 0).
     """
 
+    fingerprint = ""
+
     def __init__(self, num_threads: int) -> None:
+        """Raises ConfigError when RapidOCR is not installed."""
+        self.version = _rapidocr_version()
         self._num_threads = num_threads
         self._lock = threading.Lock()
         self._ocr: Any = None
@@ -89,9 +115,34 @@ class PageReader:
             self._ocr = _build(self._num_threads, {"Global.text_score": 0.0})
 
 
-def make_engine(name: EngineName, num_threads: int) -> OcrEngine:
-    """The engine that a configuration names; nothing is loaded yet."""
-    return LineReader(num_threads) if name == "rapidocr_rec" else PageReader(num_threads)
+def make_engine(
+    name: EngineName,
+    num_threads: int,
+    *,
+    language: str | None = None,
+    tesseract_path: str = "tesseract",
+    page_mode: int = 7,
+    timeout_s: float = 20.0,
+) -> OcrEngine:
+    """The engine of that name; no model is loaded yet. Raises ConfigError when it is not installed."""
+    match name:
+        case "rapidocr_rec":
+            return LineReader(num_threads)
+        case "rapidocr":
+            return PageReader(num_threads)
+        case "paddleocr":
+            return PaddleReader(language or "en", num_threads)
+        case "tesseract":
+            return TesseractReader(tesseract_path, language or "eng", page_mode, num_threads, timeout_s)
+
+
+def _rapidocr_version() -> str:
+    try:
+        return metadata.version("rapidocr")
+    except metadata.PackageNotFoundError:
+        raise ConfigError(
+            "reward 'ocr' needs RapidOCR, which is not installed; pip install rapidocr onnxruntime"
+        ) from None
 
 
 def _build(num_threads: int, params: dict[str, Any]) -> Any:

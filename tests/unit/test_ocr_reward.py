@@ -4,6 +4,7 @@ import asyncio
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from raylign.errors import PromptError
 from raylign.types import Prompt, RewardSample
@@ -13,7 +14,9 @@ IMAGE_HWC = np.zeros((8, 16, 3), np.uint8)
 
 
 class FakeEngine:
-    """Reads a picture by looking its first pixel up; a text that is missing raises."""
+    """Reads a picture by looking its first pixel up; a text that is missing raises, pixel 66 takes too long."""
+
+    version, fingerprint = "0", "f" * 64
 
     def __init__(self, texts: dict[int, str]) -> None:
         self.texts = texts
@@ -23,6 +26,8 @@ class FakeEngine:
         self.loaded += 1
 
     def read(self, image_HWC: np.ndarray) -> str:
+        if image_HWC[0, 0, 0] == 66:
+            raise TimeoutError
         return self.texts[int(image_HWC[0, 0, 0])]
 
 
@@ -116,3 +121,20 @@ def test_loading_is_the_engines() -> None:
     engine = FakeEngine({})
     OcrReward(OcrConfig(), engine).load()
     assert engine.loaded == 1
+
+
+def test_a_reading_that_takes_too_long_may_be_tried_again() -> None:
+    late, good = _score(
+        OcrReward(OcrConfig(), FakeEngine({1: "x"})), *(_sample("s", 'a "x"', _image(k)) for k in (66, 1))
+    )
+    assert late.error is not None
+    assert (late.error.code, late.error.retryable) == ("timeout", True)
+    assert (good.value, good.fingerprint) == (1.0, "f" * 64)
+
+
+def test_a_language_is_for_engines_that_have_several() -> None:
+    with pytest.raises(ValidationError, match="language 'fra' has no effect on engine 'rapidocr'; leave it out"):
+        OcrConfig(engine="rapidocr", language="fra")
+    with pytest.raises(ValidationError, match="pattern"):
+        OcrConfig(engine="tesseract", language="../secret")
+    assert OcrConfig(engine="tesseract", language="eng+chi_sim").language == "eng+chi_sim"
