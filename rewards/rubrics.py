@@ -6,16 +6,15 @@ of the reward's version; what it had been stays in the history of the file.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from functools import cache
-from importlib import resources
 from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from raylign.config import Config, load_config
+from raylign.config import Config
 from raylign.errors import ConfigError
+from rewards.library import Entry, find, read_entry, read_folder
 from rewards.r3_prompts import PAIR_LABELS, Layout, Mode
 
 
@@ -52,17 +51,11 @@ class BinaryCriteria(Config):
     """When it is false."""
 
 
-class Rubric(Config):
+class Rubric(Entry):
     """One rubric, for the modes that it has criteria for."""
 
-    name: str = Field(default="inline", pattern=r"^[a-z0-9_]{1,64}$")
-    """Its file's name."""
-    version: int = Field(default=1, ge=1)
-    """Counts changes that may change a score."""
     task: str = Field(min_length=1)
     """What the judge is told the response was meant to do, and what to judge."""
-    source: str = ""
-    """Who wrote it, or where it comes from."""
     about_content: bool = True
     """Whether it asks what is shown or said; only then do pictures of mere words deserve the lowest score."""
     point: PointCriteria | None = None
@@ -125,27 +118,15 @@ def principle_rubric(principle: str) -> Rubric:
 @cache
 def library() -> Mapping[str, Rubric]:
     """The rubrics that come with the package, by name."""
-    files = [Path(str(entry)) for entry in resources.files("rewards").joinpath("rubrics").iterdir()]
-    found = [_read(path) for path in sorted(files) if path.suffix == ".toml"]
-    return {rubric.name: rubric for rubric in found}
+    return read_folder("rubrics", Rubric)
 
 
 def library_rubric(name: str) -> Rubric:
     """A rubric of the library by name. Raises ConfigError with the nearest name."""
-    if name not in library():
-        near = difflib.get_close_matches(name, library(), n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(library())}"
-        raise ConfigError(f"no rubric {name!r}; {hint}")
-    return library()[name]
+    return find(name, library(), "rubric")
 
 
 def load_rubric(name_or_path: str) -> Rubric:
     """A rubric of the library, or an operator's own from a path that ends in .toml. Raises ConfigError."""
-    return _read(Path(name_or_path)) if name_or_path.endswith(".toml") else library_rubric(name_or_path)
-
-
-def _read(path: Path) -> Rubric:
-    rubric = load_config(Rubric, path)
-    if rubric.name != path.stem:
-        raise ConfigError(f"{path} holds the rubric {rubric.name!r}; name the file after its rubric")
-    return rubric
+    is_path = name_or_path.endswith(".toml")
+    return read_entry(Path(name_or_path), Rubric) if is_path else library_rubric(name_or_path)

@@ -48,7 +48,7 @@ def test_an_own_file_is_read_by_configuration_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('name = "other"\ntask = "t"\n[binary]\ntrue = "a"\nfalse = "b"\n', "name the file after its rubric"),
+        ('name = "other"\ntask = "t"\n[binary]\ntrue = "a"\nfalse = "b"\n', "name the file after"),
         ('name = "mine"\ntask = "t"\n', "needs criteria"),
         ('name = "mine"\ntask = "t"\n[point]\nscore_1 = "a"\n', "score_2"),
         ('name = "mine"\ntask = "t"\n[binary]\ntrue = "a"\nfalse = ""\n', "binary.false"),
