@@ -1,17 +1,22 @@
 """The real engines on rendered words: the short way reads what RapidOCR's own recogniser reads."""
 
+import asyncio
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
+from raylign.types import Prompt, RewardSample
+from rewards import OcrConfig, OcrReward
 from rewards.ocr_engine import LineReader, PageReader, make_engine
 
 WORDS = """APPLE BREAD CHAIR DANCE EAGLE FLAME GRAPE HOUSE IVORY JOKER KNIFE LEMON MOUSE NIGHT OCEAN PIANO QUEEN RIVER
 SUGAR TIGER UNCLE VOICE WATER XENON YOUTH ZEBRA ANT BOX CAT DOG EGG FIG GUN HAT INK JAM KEY LOG MAP NUT OAK PEN 123
 4567 80 2026 31415""".split()
+
+MODES: tuple[Literal["clean", "flow_grpo"], ...] = ("clean", "flow_grpo")
 
 
 def _render(text: str, height: int, width: int, size: int) -> np.ndarray:
@@ -57,9 +62,31 @@ def test_how_the_pixels_lie_in_memory_does_not_matter(line_reader: LineReader) -
     assert line_reader.read(image) == line_reader.read(np.asfortranarray(image)) == "HELLO"
 
 
-def test_a_page_is_searched_for_lines() -> None:
+@pytest.fixture(scope="module")
+def page_reader() -> PageReader:
     reader = make_engine("rapidocr", num_threads=1)
     assert isinstance(reader, PageReader)
+    return reader
+
+
+@pytest.mark.parametrize("engine", ["rapidocr_rec", "rapidocr"])
+def test_both_modes_score_what_either_engine_reads(
+    engine: Literal["rapidocr_rec", "rapidocr"], line_reader: LineReader, page_reader: PageReader
+) -> None:
+    """The picture says HELLO twice: all of a published target is there, half of it is too much in the clean mode."""
+    reader = line_reader if engine == "rapidocr_rec" else page_reader
+    picture = _render("HELLOHELLO", 80, 320, 40)
+    samples = [RewardSample(name, Prompt(name, f'a "{name}"'), picture) for name in ("Hello", "HELLO HELLO", "xyzzy")]
+    values = {
+        mode: [
+            score.value for score in asyncio.run(OcrReward(OcrConfig(engine=engine, mode=mode), reader).score(samples))
+        ]
+        for mode in MODES
+    }
+    assert values == {"clean": [0.5, 1.0, 0.0], "flow_grpo": [1.0, 1.0, 0.0]}
+
+
+def test_a_page_is_searched_for_lines(page_reader: PageReader) -> None:
     page = np.concatenate([_render("HELLO", 80, 320, 40), _render("WORLD", 80, 320, 40)])
-    assert reader.read(page) == "HELLOWORLD"
-    assert reader.read(np.full((160, 320, 3), 128, np.uint8)) == ""
+    assert page_reader.read(page) == "HELLOWORLD"
+    assert page_reader.read(np.full((160, 320, 3), 128, np.uint8)) == ""

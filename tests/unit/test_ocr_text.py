@@ -42,6 +42,9 @@ def test_flow_grpo_similarity(target: str, recognised: str, expected: float) -> 
         ("Hello World", "Hello World" * 5, 0.2),
         # helloworl + 20 z has 29 letters; d into one z and drop 19: 20 of 29.
         ("Hello World", "Hello Worl" + "z" * 20, 1 - 20 / 29),
+        # Swapped halves: 8 edits of 10, as in the published mode.
+        ("Hello World", "WorldHello", 0.2),
+        # helloworld (10), the comma and the mark being nothing: one substitution.
         ("Hello, World!", "Hell0 World!", 0.9),
         ("Hello World", "", 0.0),
         # Full-width letters are the same letters, and sharp s folds to ss.
