@@ -110,11 +110,12 @@ class ImageRewardModel:
             return self._head
         from transformers import AutoTokenizer, BlipTextModel, BlipVisionModel, CLIPImageProcessorPil
 
+        checkpoints.check_device(self._device)
         file = checkpoints.find_file(self._path, _DOWNLOAD)
         settings = checkpoints.find_file(self._config_path, _DOWNLOAD)
         words = checkpoints.find_directory(self._tokenizer_path, _TOKENIZER, weights=False)
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(words)
+            self._tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ModelError(f"{str(words)!r} has no tokenizer ({type(error).__name__}); {_TOKENIZER}") from error
         vision, text, linear = split_state(file, checkpoints.read_state(file))

@@ -85,6 +85,17 @@ def hash_files(files: Iterable[Path]) -> str:
     return whole.hexdigest()
 
 
+def check_device(device: str) -> None:
+    """Raise ModelError if PyTorch cannot use a device here."""
+    import torch
+
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f'device {device!r} is not here: PyTorch sees {torch.cuda.device_count()} CUDA devices; set device = "cpu"'
+        )
+
+
 def read_state(file: Path) -> dict[str, Tensor]:
     """The tensors of a weight file, safetensors or PyTorch's; of the latter tensors only, code is never run.
 

@@ -121,12 +121,13 @@ class ClipModel:
         import torch
         from transformers import AutoTokenizer, CLIPImageProcessorPil
 
+        checkpoints.check_device(self._device)
         one_file = Path(self._path).suffix in (".pt", ".pth", ".bin", ".safetensors")
         words = checkpoints.find_directory(
             self._processor_path, _REMEDY, weights=not one_file and self._processor_path == self._path
         )
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(words)
+            self._tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
             self._processor = CLIPImageProcessorPil.from_pretrained(words)
         except (OSError, ValueError) as error:
             raise ModelError(

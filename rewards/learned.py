@@ -31,7 +31,7 @@ _HEAD_LAYERS = (0, 2, 4, 6, 7)
 class LearnedConfig(RewardConfig):
     """What every learned picture scorer's configuration has beside its files."""
 
-    device: str = "cpu"
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     """Where the model runs: cpu, cuda or cuda:1."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the model; bfloat16 is faster on a GPU and moves scores by about one per cent."""

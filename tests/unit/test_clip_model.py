@@ -1,5 +1,6 @@
 """CLIP through transformers on random weights: vectors, what cannot change them, and every way not to load."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -103,6 +104,21 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         ClipModel(str(tmp_path)).load()
     with pytest.raises(ModelError, match=r"there is no model file '.*x.pt'; download"):
         ClipModel(str(tmp_path / "x.pt"), processor_path=clip_folder()).load()
+
+
+def test_preprocessing_may_be_written_in_the_old_way(clip: ClipModel, tmp_path: Path) -> None:
+    """As openai/clip-vit-large-patch14 has it: sizes are one number, the class is called a feature extractor."""
+    folder = Path(shutil.copytree(clip_folder(), tmp_path / "old"))
+    old = {"do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": SIDE}
+    old |= {"crop_size": SIDE, "feature_extractor_type": "CLIPFeatureExtractor"}
+    old |= {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(old))
+    np.testing.assert_array_equal(ClipModel(str(folder)).embed_images(IMAGES_HWC), clip.embed_images(IMAGES_HWC))
+
+
+def test_a_device_that_is_not_here_is_named() -> None:
+    with pytest.raises(ModelError, match=r"device 'cuda:99' is not here: PyTorch sees \d+ CUDA devices; set device"):
+        ClipModel(clip_folder(), device="cuda:99").load()
 
 
 def test_a_checkpoint_that_lacks_tensors_is_refused(tmp_path: Path) -> None:
