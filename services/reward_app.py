@@ -121,6 +121,10 @@ class RewardService:
         """Raise PromptError if a required reward can never score samples of this prompt."""
         self._check(prompt)
 
+    async def close(self) -> None:
+        """Let go of the cache's connections; they belong to the event loop that scored."""
+        await self._scorer.close()
+
     def shutdown(self, with_serve: bool = True) -> None:
         """Close the door, answer what is inside, and remove the applications; blocking.
 
