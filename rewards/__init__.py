@@ -24,6 +24,7 @@ from rewards.ocr import OcrConfig, OcrReward
 from rewards.pickscore import PickScoreConfig, PickScoreReward
 from rewards.r3 import R3Reward
 from rewards.r3_judge import R3Config
+from rewards.remote_reward import RemoteConfig, RemoteReward
 from rewards.sudoku import SudokuConfig, SudokuReward
 
 AnyRewardConfig = (
@@ -39,6 +40,7 @@ AnyRewardConfig = (
     | MathAnswerConfig
     | FormatTagsConfig
     | R3Config
+    | RemoteConfig
 )  # fmt: skip
 RewardUnion = Annotated[AnyRewardConfig, Field(discriminator="type")]
 REWARDS = {
@@ -54,6 +56,7 @@ REWARDS = {
     MathAnswerConfig: MathAnswerReward,
     FormatTagsConfig: FormatTagsReward,
     R3Config: R3Reward,
+    RemoteConfig: RemoteReward,
 }
 
 
@@ -92,6 +95,8 @@ __all__ = [
     "PickScoreReward",
     "R3Config",
     "R3Reward",
+    "RemoteConfig",
+    "RemoteReward",
     "Reward",
     "RewardConfig",
     "RewardMix",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import httpx
 from pydantic import ValidationError
 
-from raylign.errors import RewardError
+from raylign.errors import ConfigError, RewardError
 from raylign.types import RewardBreakdown, RewardFailure, RewardSample
 from rewards.images import ImageFormat
 from rewards.remote_encode import Encoded, Form, body_of, encode, split
@@ -22,6 +23,7 @@ from rewards.wire import (
     Candidate,
     Readiness,
     RewardChoice,
+    RewardInfo,
     RewardList,
     ScoreGroupRequest,
     ScoreGroupResponse,
@@ -74,6 +76,7 @@ class RewardClient:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         timeout = httpx.Timeout(timeout_s, connect=min(10.0, timeout_s))
         self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, transport=transport)
+        self._url = url
         self._form: Form = form
         self._image_format: ImageFormat = image_format
         self._on_failure: OnFailure = on_failure
@@ -99,6 +102,24 @@ class RewardClient:
         response = await self._http.get("/v1/rewards")
         response.raise_for_status()
         return RewardList.model_validate_json(response.content)
+
+    async def reward(self, name: str) -> RewardInfo:
+        """What the service says of one reward. Raises ConfigError if it cannot be asked, or does not serve it."""
+        try:
+            served = {info.name: info for info in (await self.rewards()).rewards}
+        except httpx.HTTPStatusError as error:
+            raise ConfigError(
+                f"{self._url} answered {error.response.status_code} to GET /v1/rewards; check the url and the token"
+            ) from None
+        except (httpx.HTTPError, httpx.InvalidURL, ValidationError) as error:
+            raise ConfigError(
+                f"{self._url} is no reward service that can be reached ({type(error).__name__}); check the url"
+            ) from None
+        if name not in served:
+            near = difflib.get_close_matches(name, served, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(f"{self._url} has no reward {name!r}; {hint}served: {', '.join(served)}")
+        return served[name]
 
     async def ready(self) -> Readiness:
         """Whether every reward answers, and what is wrong if not. Raises as `rewards` does."""

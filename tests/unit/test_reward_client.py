@@ -7,9 +7,13 @@ import httpx
 import numpy as np
 import pytest
 
-from raylign.types import Prompt, RewardBreakdown, RewardSample
-from rewards.remote import RewardClient
-from rewards.wire import Component, SampleResult, ScoreRequest, ScoreResponse, ServiceInfo, WireError
+from raylign.errors import ConfigError, RewardError
+from raylign.types import Prompt, RewardBreakdown, RewardFailure, RewardSample, RewardScore
+from rewards import RemoteConfig, RemoteReward
+from rewards.remote import OnFailure, RewardClient, settle
+from rewards.remote_encode import split
+from rewards.wire import Component, RewardChoice, SampleResult, ScoreRequest, ScoreResponse, ServiceInfo, WireError
+from tests.reward_cases.local_http import LengthConfig, LocalBackend, app_of
 
 SAMPLES = [RewardSample(f"s{i}", Prompt("p", "a sign"), np.zeros((4, 4, 3), np.uint8)) for i in range(3)]
 
@@ -128,3 +132,183 @@ def test_a_component_is_a_value_or_an_error() -> None:
     for value, given in ((None, None), (0.5, error)):
         with pytest.raises(ValueError, match="either a value or an error"):
             Component(raw=value, value=value, weight=1.0, required=True, status="ok", error=given)
+
+
+LENGTH = (LengthConfig(name="length"),)
+
+
+def _through(use, configs=LENGTH, **options):
+    """What `use` makes of a client of the real application."""
+
+    async def main():
+        transport = httpx.ASGITransport(app_of(LocalBackend(configs)))
+        async with RewardClient("http://test", transport=transport, **options) as client:
+            return await use(client)
+
+    return asyncio.run(main())
+
+
+def _texts(*answers: str) -> list[RewardSample]:
+    return [RewardSample(f"s{i}", Prompt("p", "say"), text=text) for i, text in enumerate(answers)]
+
+
+@pytest.mark.parametrize("form", ["multipart", "json"])
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+def test_pictures_arrive_bit_for_bit(form, image_format) -> None:
+    backend = LocalBackend()
+    images = np.random.default_rng(1).integers(0, 256, (2, 8, 9, 3), dtype=np.uint8)
+    samples = [RewardSample("a", Prompt("p", "x"), images[0], more_images_HWC=(images[1],), seed=3, group_id="g")]
+
+    async def main():
+        transport = httpx.ASGITransport(app_of(backend))
+        async with RewardClient("http://t", None, form, image_format=image_format, transport=transport) as client:
+            await client.score(samples)
+
+    asyncio.run(main())
+    ((seen,),) = backend.calls
+    np.testing.assert_array_equal(seen.image_HWC, images[0])
+    np.testing.assert_array_equal(seen.more_images_HWC[0], images[1])
+    assert (seen.seed, seen.group_id) == (3, "g")
+
+
+def test_a_choice_carries_weight_and_parameters() -> None:
+    choice = RewardChoice(name="length", weight=0.5, params={"scale": 3.0})
+    (breakdown,) = _through(lambda client: client.score(_texts("ab"), only=[choice]))
+    assert (breakdown.total, breakdown.weights, breakdown.scores[0].value) == (3.0, (0.5,), 6.0)
+    (breakdown,) = _through(lambda client: client.score(_texts("ab"), normalise="affine"))
+    assert (breakdown.total, breakdown.scores[0].value) == (0.2, 2.0)
+
+
+def test_a_group_is_one_request_with_a_ranking() -> None:
+    answer = _through(lambda client: client.score_group(_texts("a", "abc", "ab"), only=["length"]), max_samples=1)
+    assert [breakdown.total for breakdown in answer.breakdowns] == [0.0, 2.0, 1.0]
+    assert answer.ranking == ("s1", "s2", "s0")
+    other = RewardSample("x", Prompt("q", "another"), text="a")
+    with pytest.raises(ValueError, match="got 2 prompts"):
+        _through(lambda client: client.score_group([*_texts("a"), other]))
+
+
+def test_samples_that_cannot_be_sent_fail_alone() -> None:
+    samples = [
+        *_texts("abc"),
+        RewardSample("nothing", Prompt("p", "say")),
+        RewardSample("grey", Prompt("p", "say"), np.zeros((4, 4), np.uint8)),
+        RewardSample("nan", Prompt("p", "say", {"x": [float("nan")]}), text="a"),
+        RewardSample("tuple", Prompt("p", "say", {"x": (1, 2)}), text="a"),
+    ]
+    breakdowns = _through(lambda client: client.score(samples))
+    assert [breakdown.total for breakdown in breakdowns] == [3.0, None, None, None, 1.0]
+    failures = [breakdown.failure for breakdown in breakdowns[1:4]]
+    assert [failure.code for failure in failures if failure] == ["invalid_input"] * 3
+    assert _through(lambda client: client.score([])) == []
+    assert [b.total for b in _through(lambda client: client.score(samples[1:3]))] == [None, None]
+
+
+def test_ids_that_repeat_or_are_too_long_are_no_problem() -> None:
+    for sample_id in ("same", "x" * 300, ""):
+        samples = [RewardSample(sample_id, Prompt("p", "say"), text=text) for text in ("a", "abc")]
+        assert [b.total for b in _through(lambda client, s=samples: client.score(s))] == [1.0, 3.0]
+
+
+def test_requests_are_cut_by_bytes_too() -> None:
+    picture = np.zeros((10, 10, 3), np.uint8)
+    samples = [RewardSample(f"s{i}", Prompt("p", "say"), picture) for i in range(5)]
+    # 300 bytes of pixels and 3 of prompt each: two fit into 700, and a large one goes alone.
+    large = RewardSample("large", Prompt("p", "say"), np.zeros((30, 30, 3), np.uint8))
+    runs = split([*samples, large], max_samples=3, max_bytes=700)
+    assert [[sample.id for sample in run] for run in runs] == [["s0", "s1"], ["s2", "s3"], ["s4"], ["large"]]
+    assert [len(run) for run in split(samples, max_samples=2, max_bytes=10**9)] == [2, 2, 1]
+    assert split([], 2, 2) == []
+
+
+def test_a_deadline_ends_waiting_and_retrying() -> None:
+    async def slow(_samples):
+        await asyncio.sleep(30)
+
+    async def main() -> list[RewardBreakdown]:
+        backend = LocalBackend(LENGTH, before=slow)
+        async with RewardClient("http://t", transport=httpx.ASGITransport(app_of(backend))) as client:
+            return await client.score(_texts("a", "b"), deadline_s=0.05)
+
+    for breakdown in asyncio.run(main()):
+        assert breakdown.failure is not None
+        assert (breakdown.total, breakdown.failure.code, breakdown.failure.retryable) == (None, "timeout", True)
+
+
+def _settled(on_failure: OnFailure) -> list[float | None]:
+    failure = RewardFailure("model_error", "broken")
+    samples = [RewardSample(f"s{i}", Prompt(p, "x"), group_id=g) for i, (p, g) in enumerate(["pg", "pg", "qh", "p "])]
+    samples[3] = RewardSample("s3", Prompt("p", "x"))
+    scores = [RewardBreakdown(1.0, ()), RewardBreakdown(None, (), failure), RewardBreakdown(2.0, ())]
+    return [b.total for b in settle([*scores, RewardBreakdown(3.0, ())], samples, on_failure)]
+
+
+def test_a_failure_can_mask_its_sample_drop_its_group_or_raise() -> None:
+    assert _settled("mask_sample") == [1.0, None, 2.0, 3.0]
+    # s1 takes its sibling s0 with it; s3 has the same prompt and no group.
+    assert _settled("drop_group") == [None, None, 2.0, 3.0]
+    with pytest.raises(RewardError, match=r"1 of 4 samples have no reward; the first, 's1': model_error: broken"):
+        _settled("raise")
+
+
+def test_readiness_is_an_answer_also_when_it_is_no() -> None:
+    async def main(problem: str):
+        backend = LocalBackend(LENGTH, problem=problem)
+        async with RewardClient("http://t", transport=httpx.ASGITransport(app_of(backend))) as client:
+            return await client.ready()
+
+    assert asyncio.run(main("")).ready
+    assert asyncio.run(main("fooled")).problems == {"length": "fooled"}
+
+
+def _remote(backend: LocalBackend, **keys) -> RemoteReward:
+    config = RemoteConfig(url="http://scorers", reward="length", name="far", **keys)
+    return RemoteReward(config, httpx.ASGITransport(app_of(backend), raise_app_exceptions=False))
+
+
+def test_a_remote_reward_is_what_the_service_says_it_is() -> None:
+    reward = _remote(LocalBackend((LengthConfig(name="length", weight=9.0),)), params={"scale": 2})
+    assert (reward.version, reward.deterministic, reward.range) == ("", False, None)
+    reward.load()
+    assert (reward.version, reward.fingerprint, reward.range) == ("1", "f1", (0.0, 10.0))
+    assert (reward.modality, reward.deterministic, reward.uses_seed) == ("text", True, False)
+    (score,) = asyncio.run(reward.score(_texts("abc")))
+    # The operator's weight over there does not matter here.
+    assert (score.name, score.value, score.version, score.fingerprint) == ("far", 6.0, "1", "f1")
+
+
+def test_a_remote_reward_follows_an_upgrade() -> None:
+    async def upgraded(_samples):
+        return {"length": [RewardScore("length", 4.0, version="2", fingerprint="f2")]}
+
+    backend = LocalBackend(LENGTH)
+    reward = _remote(backend)
+    reward.load()
+    backend.before = upgraded
+    (score,) = asyncio.run(reward.score(_texts("abc")))
+    assert (score.version, reward.version, reward.fingerprint) == ("2", "2", "f2")
+
+
+def test_a_remote_reward_that_is_not_there_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"has no reward 'length'; did you mean 'lengths'\? served: lengths"):
+        _remote(LocalBackend((LengthConfig(name="lengths"),))).load()
+    nowhere = RemoteReward(RemoteConfig(url="http://127.0.0.1:9", reward="x", timeout_s=1))
+    with pytest.raises(ConfigError, match="no reward service that can be reached"):
+        nowhere.load()
+    locked = RemoteConfig(url="http://t", reward="x", token_env="RAYLIGN_TEST_TOKEN_THAT_IS_NOT_SET")
+    app = app_of(LocalBackend(), token="s3cret")
+    with pytest.raises(ConfigError, match="answered 401"):
+        RemoteReward(locked, httpx.ASGITransport(app)).load()
+
+
+def test_a_remote_reward_that_goes_away_leaves_errors() -> None:
+    async def gone(_samples):
+        raise ConnectionError("gone")
+
+    backend = LocalBackend(LENGTH)
+    reward = _remote(backend, timeout_s=0.5)
+    reward.load()
+    backend.before = gone
+    (score,) = asyncio.run(reward.score(_texts("abc")))
+    assert score.error is not None
+    assert score.error.code in ("timeout", "model_error")
