@@ -26,6 +26,7 @@ from rewards.r3 import R3Reward
 from rewards.r3_judge import R3Config
 from rewards.remote_reward import RemoteConfig, RemoteReward
 from rewards.sudoku import SudokuConfig, SudokuReward
+from rewards.vlm_judge import VlmJudgeConfig, VlmJudgeReward
 
 AnyRewardConfig = (
     OcrConfig
@@ -41,6 +42,7 @@ AnyRewardConfig = (
     | FormatTagsConfig
     | R3Config
     | RemoteConfig
+    | VlmJudgeConfig
 )  # fmt: skip
 RewardUnion = Annotated[AnyRewardConfig, Field(discriminator="type")]
 REWARDS = {
@@ -57,6 +59,7 @@ REWARDS = {
     FormatTagsConfig: FormatTagsReward,
     R3Config: R3Reward,
     RemoteConfig: RemoteReward,
+    VlmJudgeConfig: VlmJudgeReward,
 }
 
 
@@ -103,6 +106,8 @@ __all__ = [
     "RewardUnion",
     "SudokuConfig",
     "SudokuReward",
+    "VlmJudgeConfig",
+    "VlmJudgeReward",
     "check_names",
     "make_mix",
     "make_reward",

@@ -12,7 +12,6 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from pydantic import Field, model_validator
 
@@ -26,7 +25,7 @@ from rewards.judge_guard import hollow
 from rewards.judges import make_engine
 from rewards.r3_judge import Candidate, Draw, R3Config, R3Judge
 from rewards.rubrics import Rubric, library_rubric, load_rubric, principle_rubric
-from rewards.tournament import Match, Standing, group_statistics, points, round_robin, standings
+from rewards.tournament import Match, Standing, group_problem, points, round_robin, standings, with_statistics
 
 RULE_VERSION = "1"
 """Counts changes to prompts, parsing and what makes values of verdicts."""
@@ -126,17 +125,11 @@ class R3Reward:
     async def score_group(self, samples: Sequence[RewardSample]) -> list[RewardScore]:
         """Win rates in pair mode, else the scores of each; details say how well the group is told apart."""
         if self._config.mode != "pair":
-            scores = await self.score(samples)
-        else:
-            problem = self._group_problem(samples)
-            if problem is not None:
-                return [base.failure(self, "invalid_input", problem) for _ in samples]
-            scores = await self._tournament(samples)
-        statistics = group_statistics([score.value for score in scores if score.value is not None])
-        return [
-            score if score.value is None else replace(score, details={**score.details, "group": statistics})
-            for score in scores
-        ]
+            return with_statistics(await self.score(samples))
+        problem = group_problem(samples, self._config.max_group)
+        if problem is not None:
+            return [base.failure(self, "invalid_input", problem) for _ in samples]
+        return with_statistics(await self._tournament(samples))
 
     async def _score_one(self, sample: RewardSample) -> RewardScore:
         candidate = self._candidate(sample)
@@ -194,7 +187,7 @@ class R3Reward:
 
         matches = await round_robin(len(places), play)
         by_place = dict(zip(places, standings(len(places), matches), strict=True))
-        seconds = (time.perf_counter() - started) / len(samples)
+        seconds = (time.perf_counter() - started) / max(1, len(samples))
         return [
             self._failed(candidate)
             if isinstance(candidate, RewardFailure)
@@ -208,13 +201,7 @@ class R3Reward:
         if standing.win_rate is None:
             nobody = RewardFailure("invalid_input", "the group has no other candidate to compare this one with")
             return self._failed(standing.failure or nobody)
-        details = {
-            **self._named(),
-            "num_matches": standing.num_matches,
-            "num_failed_matches": standing.num_failed,
-            "num_position_conflicts": standing.num_position_conflicts,
-        }
-        return base.success(self, standing.win_rate, seconds, details)
+        return base.success(self, standing.win_rate, seconds, {**self._named(), **standing.record()})
 
     async def _match(self, prompt_text: str, first: Candidate, second: Candidate, key: str) -> Match | RewardFailure:
         """Both orders, `num_samples` times; a draw counts only when both of its orders have a verdict."""
@@ -253,13 +240,6 @@ class R3Reward:
         if self.modality == "text" and sample.text is None:
             return RewardFailure("invalid_input", "the sample has no text to judge")
         return Candidate(sample.text or "", images)
-
-    def _group_problem(self, samples: Sequence[RewardSample]) -> str | None:
-        if len(samples) > self._config.max_group:
-            return f"groups of up to {self._config.max_group} are compared, got {len(samples)}"
-        if len({sample.prompt.text for sample in samples}) > 1:
-            return "the candidates of a group must answer the same prompt"
-        return None
 
     def _hollow(self, candidate: Candidate) -> str | None:
         return hollow(candidate.text) if self._config.prefilter and self.modality == "text" else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -11,6 +10,7 @@ from pydantic import Field, model_validator
 
 from raylign.types import RewardFailure
 from rewards.base import RewardConfig
+from rewards.judge_draws import ask_until_usable
 from rewards.judge_engine import JudgeEngine, JudgeReply, JudgeRequest
 from rewards.judge_guard import delimit, sanitise
 from rewards.judge_probability import SoftMark, soft_mark
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 BYTES_PER_TOKEN = 3
 """Fewer than any common text has (English about 4), so that the estimate of a prompt's tokens errs high."""
-_MAX_SEED = 2**31
 
 
 class R3Config(RewardConfig):
@@ -129,7 +128,7 @@ class R3Judge:
         self._options = rubric.options(config.mode, config.layout)
         self._engine = engine
 
-    def request(self, input_text: str, candidates: Sequence[Candidate], seed: int) -> JudgeRequest | RewardFailure:
+    def request(self, input_text: str, candidates: Sequence[Candidate]) -> JudgeRequest | RewardFailure:
         """What the engine is asked, or `invalid_input` when it is longer than the judge can read."""
         config = self._config
         input_text = sanitise(input_text)
@@ -157,7 +156,6 @@ class R3Judge:
             top_p=config.top_p,
             top_k=config.top_k,
             min_p=config.min_p,
-            seed=seed,
             json_schema=answer_schema(config.layout, config.mode),
             top_logprobs=20 if config.soft else 0,
             thinking=config.thinking,
@@ -165,22 +163,11 @@ class R3Judge:
         )
 
     async def draw(self, input_text: str, candidates: Sequence[Candidate], key: str) -> Draw | RewardFailure:
-        """One verdict. The key seeds it; unusable answers are asked for again, an engine's failure is final.
-
-        The engine repeats what failed in transport; asking again here is for answers that cannot be read.
-        """
-        result: Draw | RewardFailure = RewardFailure("model_error", "the judge was not asked")
-        for attempt in range(1 + self._config.max_retries):
-            request = self.request(input_text, candidates, draw_seed(key, attempt))
-            if isinstance(request, RewardFailure):
-                return request
-            reply = await self._engine.ask(request)
-            if isinstance(reply, RewardFailure):
-                return reply
-            result = self._read(reply)
-            if isinstance(result, Draw):
-                return result
-        return result
+        """One verdict; the key seeds it."""
+        request = self.request(input_text, candidates)
+        if isinstance(request, RewardFailure):
+            return request
+        return await ask_until_usable(self._engine, request, key, self._read, self._config.max_retries)
 
     def _read(self, reply: JudgeReply) -> Draw | RewardFailure:
         config = self._config
@@ -203,8 +190,3 @@ class R3Judge:
         text = sanitise(candidate.text)
         tag = "candidate" if count == 1 else f"candidate_{place + 1}"
         return delimit(text, tag) if self._config.delimit else text
-
-
-def draw_seed(key: str, attempt: int) -> int:
-    """A 31-bit seed, the same everywhere for equal keys and attempts."""
-    return int.from_bytes(hashlib.sha256(f"{key}/{attempt}".encode()).digest()[:8], "big") % _MAX_SEED

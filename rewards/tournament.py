@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
-from raylign.types import JsonValue, RewardFailure
+from raylign.types import JsonValue, RewardFailure, RewardSample, RewardScore
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,8 @@ class Match:
     num_position_conflicts: int
     details: Mapping[str, JsonValue]
     """What the judge said, for the record."""
+    label_mass: float = 1.0
+    """Least probability that the two verdicts had together, where it is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +39,46 @@ class Standing:
     num_position_conflicts: int
     failure: RewardFailure | None
     """Of its first failed match."""
+    judged: tuple[Match, ...] = ()
+    """The matches that were judged, whichever side it was on."""
+
+    def record(self) -> dict[str, JsonValue]:
+        """The counts, for a score's details."""
+        return {
+            "num_matches": self.num_matches,
+            "num_failed_matches": self.num_failed,
+            "num_position_conflicts": self.num_position_conflicts,
+        }
 
 
 def points(first_wins: bool, first_wins_swapped: bool) -> float:
     """1 or 0 when both orders agree on the winner, else 0.5."""
     return 0.5 if first_wins != first_wins_swapped else float(first_wins)
+
+
+def points_of_preferences(p_first: float, p_first_swapped: float) -> float:
+    """The same from how probably each order's first picture is preferred; an even preference chooses nobody."""
+    if p_first == 0.5 or p_first_swapped == 0.5:
+        return 0.5
+    return points(p_first > 0.5, p_first_swapped < 0.5)
+
+
+def group_problem(samples: Sequence[RewardSample], max_group: int) -> str | None:
+    """Why samples cannot be compared with each other, or None."""
+    if len(samples) > max_group:
+        return f"groups of up to {max_group} are compared, got {len(samples)}"
+    if len({sample.prompt.text for sample in samples}) > 1:
+        return "the candidates of a group must answer the same prompt"
+    return None
+
+
+def with_statistics(scores: Sequence[RewardScore]) -> list[RewardScore]:
+    """The scores of a group, with how well they tell it apart in their details."""
+    statistics = group_statistics([score.value for score in scores if score.value is not None])
+    return [
+        score if score.value is None else replace(score, details={**score.details, "group": statistics})
+        for score in scores
+    ]
 
 
 async def round_robin(
@@ -68,6 +105,7 @@ def _standing(candidate: int, matches: Mapping[tuple[int, int], Match | RewardFa
         num_failed=len(failures),
         num_position_conflicts=sum(match.num_position_conflicts for _, match in judged),
         failure=failures[0] if failures else None,
+        judged=tuple(match for _, match in judged),
     )
 
 

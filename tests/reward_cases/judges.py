@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -10,6 +11,7 @@ from raylign.types import Prompt, RewardFailure, RewardSample
 from rewards.judge_engine import JudgeReply, JudgeRequest, LabelLogprobs
 from rewards.r3 import R3Reward
 from rewards.r3_judge import R3Config
+from rewards.vlm_judge import VlmJudgeConfig, VlmJudgeReward
 from tests.reward_cases.case import Case
 
 Answer = JudgeReply | RewardFailure | str
@@ -81,11 +83,43 @@ BAD_TEXTS = [
 ]
 
 
+BAD_PICTURES = [
+    RewardSample("nothing", Prompt("p", "a red cube")),
+    RewardSample("empty prompt", Prompt("e", ""), np.zeros((16, 16, 3), np.uint8)),
+    RewardSample("long prompt", Prompt("l", "very " * 5000), np.zeros((16, 16, 3), np.uint8)),
+    RewardSample("grey", Prompt("p", "a red cube"), np.zeros((16, 16), np.uint8)),
+    RewardSample("text", Prompt("p", "a red cube"), text="a red cube"),
+]
+
+
+def label_logprobs(**probability_by_label: float) -> LabelLogprobs:
+    """An answer with these probabilities; labels may start with an underscore to be names."""
+    logprobs = {label.removeprefix("_"): math.log(p) for label, p in probability_by_label.items()}
+    return LabelLogprobs(logprobs, "logprobs")
+
+
 def make_r3(config: R3Config) -> R3Reward:
     """An R3 reward whose judge marks by a hash of what it is shown."""
     return R3Reward(config, ScriptedEngine(lambda request: verdict(1 + bits(request) % 5)))
 
 
+def make_vlm_judge(config: VlmJudgeConfig) -> VlmJudgeReward:
+    """A judge of pictures whose P(yes) is a hash of what it is shown."""
+
+    def labels(request: JudgeRequest, asked: tuple[str, ...]) -> LabelLogprobs:
+        share = (1 + bits(request) % 98) / 100
+        return LabelLogprobs({asked[0]: math.log(0.9 * share), asked[1]: math.log(0.9 * (1 - share))}, "logprobs")
+
+    return VlmJudgeReward(config, ScriptedEngine(labels=labels))
+
+
 CASES = [
+    Case(
+        VlmJudgeConfig(repeatable=True),
+        pictures,
+        BAD_PICTURES,
+        make_vlm_judge,  # type: ignore[arg-type]
+        Prompt("p", "a red cube"),
+    ),
     Case(R3Config(num_samples=2, repeatable=True), texts, BAD_TEXTS, make_r3, QUESTION),  # type: ignore[arg-type]
 ]

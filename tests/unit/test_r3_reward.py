@@ -25,7 +25,7 @@ RUBRIC = {"score_1": "a", "score_2": "b", "score_3": "c", "score_4": "d", "score
 OVERLOADED = RewardFailure("overloaded", "busy", True)
 
 
-def _reward(engine: ScriptedEngine, **config) -> R3Reward:
+def _reward(engine: ScriptedEngine, /, **config) -> R3Reward:
     return R3Reward(parse_config(R3Config, config, "test"), engine)
 
 
