@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raylign.errors import ModelError
 from rewards import checkpoints
+from rewards.clip_model import quiet
 from rewards.learned import LinearHead
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class ImageRewardModel:
             return self._head
         from transformers import AutoTokenizer, BlipTextModel, BlipVisionModel, CLIPImageProcessorPil
 
+        quiet()
         checkpoints.check_device(self._device)
         file = checkpoints.find_file(self._path, _DOWNLOAD)
         settings = checkpoints.find_file(self._config_path, _DOWNLOAD)

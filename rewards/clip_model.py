@@ -121,6 +121,7 @@ class ClipModel:
         import torch
         from transformers import AutoTokenizer, CLIPImageProcessorPil
 
+        quiet()
         checkpoints.check_device(self._device)
         one_file = Path(self._path).suffix in (".pt", ".pth", ".bin", ".safetensors")
         words = checkpoints.find_directory(
@@ -145,6 +146,14 @@ class ClipModel:
         model.requires_grad_(False)
         self._model = model.to(self._device, getattr(torch, self._dtype)).eval()
         self.fingerprint = checkpoints.hash_files(files)
+
+
+def quiet() -> None:
+    """No loading bars or advice from the library: a service has its own log, and every replica would repeat them."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _from_directory(directory: Path) -> Any:
