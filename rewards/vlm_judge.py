@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from raylign.config import parse_config
 from raylign.errors import ConfigError, PromptError
@@ -52,7 +52,7 @@ class VlmJudgeConfig(RewardConfig):
 
     type: Literal["vlm_judge"] = "vlm_judge"
     engine: EngineUnion = OpenAIEngineConfig()
-    """Where the judge runs; one without log-probs can be asked for aspects only."""
+    """Where the judge runs; a server without log-probs can be asked for aspects only."""
     mode: Kind = "yes_no"
     """yes_no: one token, cheap and smooth. aspects: marks with reasons. pairwise: compares the pictures of a group."""
     template: str = ""
@@ -78,12 +78,6 @@ class VlmJudgeConfig(RewardConfig):
     repeatable: bool = False
     """Whether the engine answers equal questions equally (vLLM: VLLM_BATCH_INVARIANT=1); an in-process engine does.
     Only then are scores remembered."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> VlmJudgeConfig:
-        if self.mode == "aspects" and self.engine.type == "decision":
-            raise ValueError("a decision engine chooses between labels and writes no aspects; use mode 'yes_no'")
-        return self
 
     def settings(self) -> str:
         """Everything that may change a score, beside the template: part of the reward's version."""

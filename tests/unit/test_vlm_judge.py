@@ -251,11 +251,6 @@ def test_parameters_beyond_the_bounds_are_refused(params, says) -> None:
         _reward(ScriptedEngine()).with_params(VlmJudgeParams.model_validate(params))
 
 
-def test_a_decision_engine_writes_no_aspects() -> None:
-    with pytest.raises(ConfigError, match="writes no aspects"):
-        _reward(ScriptedEngine(), mode="aspects", engine={"type": "decision", "model": "m"})
-
-
 def test_only_an_in_process_judge_is_probed() -> None:
     assert _reward(ScriptedEngine()).probe() is None
     in_process = _reward(_says(yes=0.5, no=0.5), engine={"type": "decision", "model": "m"})
