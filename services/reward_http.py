@@ -97,7 +97,8 @@ def build_api(
         version=raylign.__version__, git_sha=os.environ.get(GIT_SHA_ENV) or None, config_hash=config_hash
     )
     catalogue = Catalogue(rewards, make, backend.describe, limits.retry_after_s)
-    scoring = _Scoring(catalogue, limits, service)
+    slowest_s = max(limits.serving(config.name).timeout_s for config in rewards)
+    scoring = _Scoring(catalogue, limits, service, slowest_s)
     guarded = [Depends(Door(digest, limits.max_requests_per_s))]
 
     @app.post(
@@ -150,7 +151,9 @@ def build_api(
 class _Scoring:
     """A request for scores from its first byte to its answer."""
 
-    def __init__(self, catalogue: Catalogue, limits: ServiceConfig, service: ServiceInfo) -> None:
+    def __init__(self, catalogue: Catalogue, limits: ServiceConfig, service: ServiceInfo, slowest_s: float) -> None:
+        """`slowest_s` is the time limit of the slowest reward, after which nothing more comes."""
+        self._slowest_s = slowest_s
         self._catalogue = catalogue
         self._limits = limits
         self._service = service
@@ -162,7 +165,7 @@ class _Scoring:
         started = time.monotonic()
         body = await read_body(request, self._limits)
         wire = await parse(model, body)
-        digest = body.digest(request.url.path) if wire.request_id else b""
+        digest = await body.digest(request.url.path) if wire.request_id else b""
         kept = self._replay.find(wire.request_id, digest) if wire.request_id else None
         if kept is not None:
             return raw_answer(kept, headers={"Idempotent-Replayed": "true"})
@@ -170,8 +173,9 @@ class _Scoring:
         if len(samples) > self._limits.max_samples:
             raise invalid(f"at most {self._limits.max_samples} samples, got {len(samples)}")
         check_parts(samples, body.parts)
-        wait_s = self._limits.timeout_s if wire.deadline_ms is None else wire.deadline_ms / 1000
-        deadline = started + min(wait_s, self._limits.timeout_s)
+        deadline = time.monotonic() + self._slowest_s
+        if wire.deadline_ms is not None:
+            deadline = min(deadline, started + wire.deadline_ms / 1000)
         answer = await _unless_gone(request, self._score(wire, samples, body.parts, score, deadline))
         written = answer.model_dump_json().encode()
         self._replay.keep(wire.request_id, digest, written)

@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator
 
 import httpx
+import numpy as np
 import pytest
 import uvicorn
 
 from raylign.types import RewardFailure, RewardScore
 from rewards.images import encode_png
+from services.reward_api.body import THREAD_BYTES
 from services.reward_api.door import Replay
 from services.reward_api.refusals import ApiError
 from tests.reward_cases.local_http import (
@@ -278,3 +280,23 @@ def test_a_client_that_hangs_up_in_its_body_is_forgotten(server: Server) -> None
         pass
     after = httpx.post(f"http://127.0.0.1:{server.port}/v1/score", json={"samples": texts("abc")})
     assert after.json()["counts"] == {"ok": 1}
+
+
+def test_large_bodies_are_read_like_small_ones() -> None:
+    """Beyond THREAD_BYTES the work moves to a thread; the answer is the same, and so is its replay."""
+    texts_ = texts("abc", metadata={"filler": "x" * 2 * THREAD_BYTES})
+    body = {"samples": texts_, "request_id": "r"}
+    image = {"encoding": "part", "mime": "image/png", "part": "p"}
+    head = json.dumps({"samples": [{"id": "a", "prompt": "p", "image": image}], "request_id": "r"})
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    files = {"request": ("r", head, "application/json"), "p": ("p", encode_png(noise), "image/png")}
+
+    async def twice(client: httpx.AsyncClient, **kwargs) -> list[httpx.Response]:
+        return [await client.post("/v1/score", **kwargs) for _ in range(2)]
+
+    assert len(encode_png(noise)) > THREAD_BYTES
+    for backend, kwargs in ((LocalBackend(LENGTH), {"json": body}), (LocalBackend(), {"files": files})):
+        first, again = with_app(lambda client, k=kwargs: twice(client, **k), backend)
+        assert first.json()["counts"] == {"ok": 1}
+        assert again.content == first.content
+        assert len(backend.calls) == 1
