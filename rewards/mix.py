@@ -10,7 +10,8 @@ from typing import Protocol
 
 from raylign.errors import ConfigError
 from raylign.types import Prompt, RewardBreakdown, RewardSample, RewardScore
-from rewards.base import Reward, RewardConfig, score_totally
+from rewards.base import Reward, RewardConfig
+from rewards.grouping import any_compares, in_groups, score_group_totally
 
 
 class Weighed(Protocol):
@@ -164,8 +165,18 @@ class RewardMix:
     async def score(
         self, samples: Sequence[RewardSample], only: Collection[str] | None = None
     ) -> list[RewardBreakdown]:
-        """One breakdown per sample, in order; `only` restricts the mix to rewards of these names."""
+        """One breakdown per sample, in order; `only` restricts the mix to rewards of these names.
+
+        If a reward compares, the samples of each `group_id` are scored together.
+        """
         chosen = [(config, reward) for config, reward in self.rewards if only is None or config.name in only]
-        answers = await asyncio.gather(*(score_totally(reward, samples) for _, reward in chosen))
+        if any_compares(reward for _, reward in chosen):
+            return await in_groups(samples, lambda group: self._mix(group, chosen))
+        return await self._mix(samples, chosen)
+
+    async def _mix(
+        self, samples: Sequence[RewardSample], chosen: Sequence[tuple[RewardConfig, Reward]]
+    ) -> list[RewardBreakdown]:
+        answers = await asyncio.gather(*(score_group_totally(reward, samples) for _, reward in chosen))
         by_name = {config.name: scores for (config, _), scores in zip(chosen, answers, strict=True)}
         return mix(by_name, [config for config, _ in chosen])

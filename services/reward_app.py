@@ -26,8 +26,9 @@ from raylign.assets import find_config
 from raylign.config import Config, load_config, parse_config
 from raylign.errors import ClusterError, ConfigError
 from raylign.types import Prompt, RewardBreakdown, RewardSample
-from rewards import RewardUnion, check_names, make_mix, mix
+from rewards import RewardMix, RewardUnion, check_names, make_mix, mix
 from rewards.base import RewardAsk
+from rewards.grouping import any_compares, in_groups
 from services.process import local_cluster
 from services.reward_config import RewardServerConfig, ServiceConfig
 from services.reward_deploy import (
@@ -52,14 +53,16 @@ class RewardService:
         drain_timeout_s: float,
         scorer: HandleScorer,
         asks: Sequence[RewardAsk],
-        check: Callable[[Prompt], None],
+        local: RewardMix,
         address: str | None,
     ) -> None:
+        """`local`: the same rewards in this process, unloaded; they check prompts."""
         self._stages = stages
         self._drain_timeout_s = drain_timeout_s
         self._scorer = scorer
         self._asks = list(asks)
-        self._check = check
+        self._check = local.check
+        self._compares = any_compares(reward for _, reward in local.rewards)
         self.address = address
         """URL of the HTTP face, or None."""
 
@@ -109,13 +112,21 @@ class RewardService:
             service.drain_timeout_s,
             HandleScorer(rewards, handles, service),
             [RewardAsk(config.name, config.weight, config.required) for config in rewards],
-            make_mix(rewards).check,
+            make_mix(rewards),
             f"http://{service.host}:{service.port}" if with_http else None,
         )
 
     async def score(self, samples: Sequence[RewardSample]) -> list[RewardBreakdown]:
-        """One breakdown per sample, in order, mixed as configured; errors are values."""
+        """One breakdown per sample, in order, mixed as configured; errors are values.
+
+        If a reward compares, the samples of each `group_id` are scored together.
+        """
+        if self._compares:
+            return await in_groups(samples, self._score_group)
         return mix(await self._scorer.score(samples, self._asks), self._asks)
+
+    async def _score_group(self, samples: Sequence[RewardSample]) -> list[RewardBreakdown]:
+        return mix(await self._scorer.score_group(samples, self._asks), self._asks)
 
     def check(self, prompt: Prompt) -> None:
         """Raise PromptError if a required reward can never score samples of this prompt."""

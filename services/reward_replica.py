@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import time
-import uuid
 from collections import OrderedDict
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from raylign.errors import ConfigError
 from raylign.types import JsonValue, RewardSample, RewardScore
 from rewards import RewardUnion, make_reward
 from rewards.base import Canary, HasCanaries, Reward, ScoresGroups, TakesParams, failure, score_totally
+from rewards.grouping import score_group_totally
 from rewards.wire import RewardInfo, describe
 from services.reward_config import ServingConfig
 
@@ -204,21 +204,3 @@ def canary_problem(canaries: Sequence[Canary], scores: Sequence[RewardScore]) ->
             problems.append(f"canary {canary.name!r} scored {score.value:g}, limit {canary.highest:g}")
     more = len(problems) - _MAX_SHOWN
     return "; ".join(problems[:_MAX_SHOWN]) + (f"; and {more} more" if more > 0 else "")
-
-
-async def score_group_totally(reward: Reward, samples: Sequence[RewardSample]) -> list[RewardScore]:
-    """One prompt's candidates compared, or scored one by one by a reward that compares none.
-
-    If comparing raises, every candidate gets an error: there is no comparing one alone.
-    """
-    if not isinstance(reward, ScoresGroups):
-        return await score_totally(reward, samples)
-    try:
-        scores = await reward.score_group(samples)
-        if len(scores) != len(samples):
-            raise ValueError(f"reward {reward.name!r} answered {len(samples)} candidates with {len(scores)} scores")
-    except Exception:  # a scorer runs foreign models on any input; a failure there is a value here
-        log_id = uuid.uuid4().hex[:12]
-        logger.exception("reward %r failed on a group of %d (log id %s)", reward.name, len(samples), log_id)
-        return [failure(reward, "model_error", f"the scorer failed; see its log, id {log_id}") for _ in samples]
-    return scores

@@ -10,6 +10,7 @@ from raylign.errors import ConfigError, PromptError
 from raylign.types import Prompt, RewardFailure, RewardSample, RewardScore
 from rewards import JpegConfig, RewardMix, check_names, make_mix, mix
 from rewards.base import Modality, score_totally, success
+from rewards.grouping import score_group_totally
 from rewards.mix import affine, group_normalised, weighted_sums
 
 FAILED = RewardFailure("model_error", "broken")
@@ -190,3 +191,32 @@ def test_huge_values_are_normalised_like_others() -> None:
     huge = group_normalised({"a": [-1e308, 1e308]}, [_config("a")], ["g", "g"])["a"]
     assert small == pytest.approx([-2 / 2.0001, 2 / 2.0001])
     assert huge == [-1.0, 1.0]
+
+
+class Ranker(Fussy):
+    """Compares: each candidate is worth its place among the group's ids, 0 the least."""
+
+    async def score_group(self, samples: Sequence[RewardSample]) -> list[RewardScore]:
+        order = sorted(sample.id for sample in samples)
+        return [success(self, float(order.index(sample.id))) for sample in samples]
+
+
+def test_a_reward_that_compares_sees_each_group_by_itself() -> None:
+    samples = [
+        RewardSample(name, Prompt(group, "x"), text="x", group_id=group)
+        for name, group in [("b", "one"), ("z", "two"), ("a", "one"), ("y", "two"), ("c", "one")]
+    ]
+    rewards = RewardMix([(_config("fussy"), Ranker()), (_config("length", 10.0), Fussy())])
+    scored = asyncio.run(rewards.score(samples))
+    assert [breakdown.total for breakdown in scored] == [11.0, 11.0, 10.0, 10.0, 12.0]
+
+
+def test_a_comparison_that_raises_is_an_error_for_each_candidate(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Fussy):
+        async def score_group(self, samples: Sequence[RewardSample]) -> list[RewardScore]:
+            raise RuntimeError("secret detail")
+
+    scores = asyncio.run(score_group_totally(Broken(), _samples("a", "b")))
+    assert [score.error and score.error.code for score in scores] == ["model_error"] * 2
+    assert "secret detail" in caplog.text
+    assert "secret" not in str(scores)
