@@ -6,13 +6,16 @@ from collections.abc import Callable
 import httpx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from raylign.errors import ConfigError, RewardError
 from raylign.types import Prompt, RewardBreakdown, RewardFailure, RewardSample, RewardScore
 from rewards import RemoteConfig, RemoteReward
 from rewards.remote import OnFailure, RewardClient, settle
-from rewards.remote_encode import split
+from rewards.remote_encode import body_of, split
 from rewards.wire import Component, RewardChoice, SampleResult, ScoreRequest, ScoreResponse, ServiceInfo, WireError
+from services.reward_api.body import split_multipart
 from tests.reward_cases.local_http import LengthConfig, LocalBackend, app_of
 
 SAMPLES = [RewardSample(f"s{i}", Prompt("p", "a sign"), np.zeros((4, 4, 3), np.uint8)) for i in range(3)]
@@ -129,9 +132,9 @@ def test_the_token_is_sent() -> None:
 
 def test_a_component_is_a_value_or_an_error() -> None:
     error = WireError(code="timeout", message="late")
-    for value, given in ((None, None), (0.5, error)):
+    for value, failure in ((None, None), (0.5, error)):
         with pytest.raises(ValueError, match="either a value or an error"):
-            Component(raw=value, value=value, weight=1.0, required=True, status="ok", error=given)
+            Component(raw=value, value=value, weight=1.0, required=True, status="ok", error=failure)
 
 
 LENGTH = (LengthConfig(name="length"),)
@@ -312,3 +315,15 @@ def test_a_remote_reward_that_goes_away_leaves_errors() -> None:
     (score,) = asyncio.run(reward.score(_texts("abc")))
     assert score.error is not None
     assert score.error.code in ("timeout", "model_error")
+
+
+@settings(max_examples=100, deadline=None)
+@given(files=st.lists(st.one_of(st.binary(max_size=200), st.from_regex(rb"(\r?\n?-{0,3}(raylign)?)*", fullmatch=True))))
+def test_any_bytes_survive_multipart(files: list[bytes]) -> None:
+    request = ScoreRequest(samples=({"id": "a", "prompt": "é\r\n--", "text": "x"},))  # type: ignore[arg-type]  # a dict
+    content, content_type = body_of(
+        request, [(f"p{i}", "image/png", data) for i, data in enumerate(files)], "multipart"
+    )
+    parts = split_multipart(content, content_type, len(files) + 1)
+    assert ScoreRequest.model_validate_json(parts.pop("request")) == request
+    assert list(parts.values()) == files

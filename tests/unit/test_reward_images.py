@@ -7,6 +7,8 @@ import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from raylign.types import Prompt, RewardFailure, RewardSample
@@ -132,3 +134,31 @@ def test_jpeg_reward_is_kilobytes_at_quality_95(direction, scale: float) -> None
 
 def test_noise_is_larger_than_a_plain_colour() -> None:
     assert jpeg_bytes(IMAGE_HWC, 95) > 2 * jpeg_bytes(np.full_like(IMAGE_HWC, 90), 95)
+
+
+FILES = [
+    (encode_image(IMAGE_HWC, "png"), "image/png"),
+    (encode_image(IMAGE_HWC, "webp"), "image/webp"),
+    (_file(Image.fromarray(IMAGE_HWC), "JPEG"), "image/jpeg"),
+    (_file(Image.fromarray(IMAGE_HWC).quantize(8), "PNG"), "image/png"),
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    file=st.sampled_from(FILES),
+    cut=st.integers(0, 2000),
+    flips=st.dictionaries(st.integers(0, 400), st.integers(0, 255)),
+)
+def test_a_damaged_file_is_a_picture_or_a_refusal(file: tuple[bytes, str], cut: int, flips: dict[int, int]) -> None:
+    data, mime = file
+    damaged = bytearray(data[: len(data) - cut] if cut % 2 else data)
+    for place, byte in flips.items():
+        if place < len(damaged):
+            damaged[place] = byte
+    result = decode_image(bytes(damaged), mime, 24 * 80)
+    if isinstance(result, RewardFailure):
+        assert result.code == "invalid_input"
+    else:
+        assert result.dtype == np.uint8
+        assert result.shape[0] * result.shape[1] <= 24 * 80
