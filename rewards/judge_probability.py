@@ -38,6 +38,8 @@ def preference(logprob_by_label: Mapping[str, float], first: str, second: str) -
 class SoftMark:
     """The mean of the marks 1 to 5 under their probabilities, and what the five have together."""
 
+    chosen: int
+    """The mark that was written."""
     mean: float
     label_mass: float
     probability_by_mark: Mapping[str, float]
@@ -62,7 +64,8 @@ def soft_mark(tokens: Sequence[TokenAlternatives]) -> SoftMark | None:
 
 
 def _mean_mark(token: TokenAlternatives) -> SoftMark | None:
-    if _MARK.fullmatch(token.token) is None:
+    chosen = _MARK.fullmatch(token.token)
+    if chosen is None:
         return None
     probability_by_mark = dict.fromkeys("12345", 0.0)
     for text, logprob in token.logprob_by_token.items():
@@ -73,4 +76,4 @@ def _mean_mark(token: TokenAlternatives) -> SoftMark | None:
     if not mass > 0:
         return None
     mean = sum(int(mark) * p for mark, p in probability_by_mark.items()) / mass
-    return SoftMark(mean, min(1.0, mass), probability_by_mark)
+    return SoftMark(int(chosen.group(1)), mean, min(1.0, mass), probability_by_mark)

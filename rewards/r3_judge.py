@@ -179,7 +179,7 @@ class R3Judge:
         if not reply.tokens:
             return RewardFailure("model_error", "the engine gave no log-probs, which soft marks need; set soft = false")
         soft = soft_mark(reply.tokens)
-        if soft is None:
+        if soft is None or soft.chosen != verdict.score:
             return RewardFailure("unparseable", "the judge's mark is not a token of its own")
         return Draw(verdict, soft)
 
