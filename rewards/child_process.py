@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 import time
@@ -40,13 +41,22 @@ class Child:
     """A process with pipes to its standard input and output; a context manager that kills it."""
 
     def __init__(
-        self, command: Sequence[str], *, env: Mapping[str, str], max_bytes: int, cwd: Path | None = None
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        max_bytes: int,
+        cwd: Path | None = None,
+        remove: Path | None = None,
     ) -> None:
         """Start it; it may write `max_bytes` per answer. Its standard error joins its output.
+
+        `remove` is a folder that goes away with it.
 
         Raises OSError if there is no such program.
         """
         self._max_bytes = max_bytes
+        self._remove = remove
         self._outgoing = b""
         self._incoming = b""
         self._process = subprocess.Popen(
@@ -104,6 +114,8 @@ class Child:
             self._process.wait()
         self._stdin.close()
         self._stdout.close()
+        if self._remove is not None:
+            shutil.rmtree(self._remove, ignore_errors=True)
 
     def _pump(self, done: Callable[[], bool], deadline: float, close_stdin: bool = False) -> None:
         while not done():

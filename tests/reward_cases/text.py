@@ -3,6 +3,7 @@
 import numpy as np
 
 from raylign.types import Prompt, RewardSample
+from rewards.code_tests import CodeTestsConfig
 from rewards.countdown import CountdownConfig
 from rewards.format_tags import FormatTagsConfig
 from rewards.math_answer import MathAnswerConfig
@@ -13,6 +14,7 @@ PICTURE = np.zeros((8, 8, 3), np.uint8)
 COUNTDOWN = Prompt("c", "make 24 of 4, 6, 1", {"numbers": [4, 6, 1], "target": 24})
 SUDOKU = Prompt("s", "solve", {"puzzle": "1200340021434321", "solution": "1234341221434321"})
 MATH = Prompt("m", "what is 6 times 7?", {"answer": "42"})
+CODE = Prompt("k", "write f, which squares", {"tests": ["assert f(3) == 9", "assert f(-1) == 1"]})
 PLAIN = Prompt("f", "think, then answer")
 
 
@@ -54,6 +56,12 @@ CASES = [
         ),
         _bad(MATH, {}, {"answer": ["42"]}, {"answer": ""}),
         prompt=MATH,
+    ),
+    Case(
+        CodeTestsConfig(unsafe_local_exec=True),  # isolated where that is possible
+        _texts(CODE, "```python\ndef f(n): return n * n\n```", "```python\ndef f(n): return 9\n```", "none"),
+        _bad(CODE, {}, {"tests": []}, {"tests": ["1 +"]}, {"tests": [{"stdin": 1}]}),
+        prompt=CODE,
     ),
     Case(
         FormatTagsConfig(),
