@@ -11,8 +11,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import httpx
+from pydantic import ValidationError
 
 from raylign.types import RewardFailure
+from rewards.wire import ErrorBody
 
 RETRY_AFTER_MAX_S = 60.0
 _RETRIED_STATUS = (408, 429)
@@ -68,7 +70,16 @@ def refusal(response: httpx.Response, server: str) -> RewardFailure:
     code = {408: "timeout", 504: "timeout", 429: "overloaded", 503: "overloaded"}.get(status)
     if code is None:
         code = "model_error" if status >= 500 or status in (401, 403) else "invalid_input"
-    return RewardFailure(code, f"{server} answered {status}: {response.text[:300]}", retryable)
+    return RewardFailure(code, f"{server} answered {status}: {_reason(response)}", retryable)
+
+
+def _reason(response: httpx.Response) -> str:
+    """What a reward service says in its own words; anything else as it came, cut."""
+    try:
+        body = ErrorBody.model_validate_json(response.content)
+    except ValidationError:
+        return response.text[:300]
+    return body.error.message + (f" (log id {body.log_id})" if body.log_id else "")
 
 
 def retry_after_s(response: httpx.Response) -> float:

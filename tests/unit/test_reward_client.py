@@ -14,7 +14,16 @@ from raylign.types import Prompt, RewardBreakdown, RewardFailure, RewardSample, 
 from rewards import RemoteConfig, RemoteReward
 from rewards.remote import OnFailure, RewardClient, settle
 from rewards.remote_encode import body_of, split
-from rewards.wire import Component, RewardChoice, SampleResult, ScoreRequest, ScoreResponse, ServiceInfo, WireError
+from rewards.wire import (
+    Component,
+    ErrorBody,
+    RewardChoice,
+    SampleResult,
+    ScoreRequest,
+    ScoreResponse,
+    ServiceInfo,
+    WireError,
+)
 from services.reward_api.body import split_multipart
 from tests.reward_cases.local_http import LengthConfig, LocalBackend, app_of
 
@@ -99,6 +108,13 @@ def test_what_cannot_pass_is_not_tried_again(status: int, code: str) -> None:
     assert (got, retryable, len(script.requests)) == (code, False, 1)
     assert str(status) in message
     assert "why" in message
+
+
+def test_a_refusal_is_told_in_the_services_words() -> None:
+    error = WireError(code="internal", message="the service failed")
+    body = ErrorBody(error=error, log_id="c0ffee").model_dump_json()
+    _, message, _ = _only_failure(Script(lambda _: httpx.Response(422, text=body)).score())
+    assert message == "the reward service answered 422: the service failed (log id c0ffee)"
 
 
 @pytest.mark.parametrize(
@@ -252,6 +268,14 @@ def test_a_failure_can_mask_its_sample_drop_its_group_or_raise() -> None:
     assert _settled("drop_group") == [None, None, 2.0, 3.0]
     with pytest.raises(RewardError, match=r"1 of 4 samples have no reward; the first, 's1': model_error: broken"):
         _settled("raise")
+
+
+def test_a_client_can_be_made_to_raise() -> None:
+    broken = RewardSample("broken", Prompt("p", ""), text="a")
+    with pytest.raises(
+        RewardError, match=r"1 of 2 samples .* 'broken': reward 'length': invalid_input: "
+    ):
+        _through(lambda client: client.score([*_texts("a"), broken]), on_failure="raise")
 
 
 def test_readiness_is_an_answer_also_when_it_is_no() -> None:
