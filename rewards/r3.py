@@ -22,6 +22,7 @@ from rewards.base import Canary, Modality, Params
 from rewards.canaries import image_canaries, text_canaries
 from rewards.judge_engine import JudgeEngine
 from rewards.judge_guard import hollow
+from rewards.judge_marks import MAX_SHOWN
 from rewards.judges import make_engine
 from rewards.r3_judge import Candidate, Draw, R3Config, R3Judge
 from rewards.rubrics import Rubric, library_rubric, load_rubric, principle_rubric
@@ -29,8 +30,6 @@ from rewards.tournament import Match, Standing, group_problem, points, round_rob
 
 RULE_VERSION = "1"
 """Counts changes to prompts, parsing and what makes values of verdicts."""
-MAX_SHOWN = 4000
-"""Characters of a judge's reasoning that are kept in details."""
 
 
 class R3Params(Params):
