@@ -83,6 +83,13 @@ class EvalConfig(Config):
     """Classifier-free guidance of the evaluation; 1 is off."""
 
 
+class RunServiceConfig(ServiceConfig):
+    """The run's own reward service, and how the run reaches it."""
+
+    transport: Literal["handle", "http"] = "handle"
+    """handle: replicas are called directly. http: through the service's HTTP face, as any other client would."""
+
+
 class RunConfig(Config):
     """One training run."""
 
@@ -109,7 +116,7 @@ class RunConfig(Config):
     sampler: SamplerConfig = EulerOdeConfig()
     algorithm: AlgorithmConfig = NftConfig()
     rewards: tuple[RewardUnion, ...] = Field(default=(OcrConfig(),), min_length=1)
-    reward_service: ServiceConfig = ServiceConfig()
+    reward_service: RunServiceConfig = RunServiceConfig()
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -169,6 +176,8 @@ class RunConfig(Config):
             raise ValueError(
                 f"in_process runs one thing at a time, so max_staleness must be 0, got {self.max_staleness}"
             )
+        if self.placement == "in_process" and self.reward_service.transport == "http":
+            raise ValueError("in_process scores in its own process; reward_service.transport = 'http' needs a cluster")
         if self.placement == "colocated":
             self._check_colocated()
         return self

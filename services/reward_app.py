@@ -19,12 +19,11 @@ from types import FrameType
 from typing import Any
 
 import ray
-from pydantic import ConfigDict
 from ray.serve import Application
 
 from raylign.assets import find_config
 from raylign.config import Config, load_config, parse_config
-from raylign.errors import ClusterError, ConfigError
+from raylign.errors import ClusterError
 from raylign.types import Prompt, RewardBreakdown, RewardSample
 from rewards import RewardMix, RewardUnion, check_names, make_mix, mix
 from rewards.base import RewardAsk
@@ -32,13 +31,13 @@ from rewards.grouping import any_compares, in_groups
 from services.process import local_cluster
 from services.reward_config import RewardServerConfig, ServiceConfig
 from services.reward_deploy import (
+    by_value,
     deploy,
     ingress_application,
     num_cpus,
     remove,
     reward_application,
     start_serve,
-    wait_for_proxy,
 )
 from services.reward_http import token_digest
 from services.reward_scorer import HandleScorer
@@ -62,7 +61,8 @@ class RewardService:
         self._scorer = scorer
         self._asks = list(asks)
         self._check = local.check
-        self._compares = any_compares(reward for _, reward in local.rewards)
+        self.compares = any_compares(reward for _, reward in local.rewards)
+        """Whether a reward scores a group as a whole."""
         self.address = address
         """URL of the HTTP face, or None."""
 
@@ -92,25 +92,23 @@ class RewardService:
         # The door closes first: requests that are inside still need the rewards.
         stages = [[http_app], [*app_names.values()]] if with_http else [[*app_names.values()]]
         try:
-            start_serve(service, with_http)
+            start_serve()
             deployed = deploy(
                 {app_names[config.name]: reward_application(config, service) for config in rewards},
-                None,
                 service.start_timeout_s,
             )
             handles = dict(zip(app_names, deployed, strict=True))
             if with_http:
                 digest = token_digest(token) if token else None
                 ingress = ingress_application(rewards, service, digest, handles)
-                deploy({http_app: ingress}, "/", service.start_timeout_s)
-                wait_for_proxy()
+                deploy({http_app: ingress}, service.start_timeout_s)
         except BaseException:  # whatever stops the start, nothing is left on the cluster
             remove(stages, service.drain_timeout_s)
             raise
         return cls(
             stages,
             service.drain_timeout_s,
-            HandleScorer(rewards, handles, service),
+            HandleScorer(rewards, by_value(handles), service),
             [RewardAsk(config.name, config.weight, config.required) for config in rewards],
             make_mix(rewards),
             f"http://{service.host}:{service.port}" if with_http else None,
@@ -121,7 +119,7 @@ class RewardService:
 
         If a reward compares, the samples of each `group_id` are scored together.
         """
-        if self._compares:
+        if self.compares:
             return await in_groups(samples, self._score_group)
         return mix(await self._scorer.score(samples, self._asks), self._asks)
 
@@ -147,29 +145,19 @@ class RewardService:
 class DeployArgs(Config):
     """The `args` of the application in a Serve file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     config: str
     """A configuration as `raylign serve-rewards` takes it: a TOML file, or the name of one that is shipped."""
-    open: bool = False
-    """Serve without a token. Only for a proxy that no other machine can reach: this code cannot see its address."""
 
 
 def build_application(args: dict[str, Any]) -> Application:
     """The service as one application, for `import_path` in a Serve file: see deploy/rewards_serve.yaml.
 
-    The file's `http_options` take the place of the configuration's host and port; the token comes from the
-    configuration's `token_file`, or its environment variable on the node that builds the application.
-    Raises ConfigError, also when there is no token and `open` does not say that none is wanted.
+    It listens at the configuration's host and port; the token comes from the configuration's `token_file`, or its
+    environment variable on the node that builds the application. Raises ConfigError.
     """
     given = parse_config(DeployArgs, args, "args of the application")
     config = load_config(RewardServerConfig, find_config(given.config))
     token = config.service.read_token()
-    if token is None and not given.open:
-        raise ConfigError(
-            f"there is no token: set the environment variable {config.service.token_env} on the cluster or token_file "
-            "in the configuration, or `open: true` if only this machine can reach the proxy"
-        )
     rewards = {reward.name: reward_application(reward, config.service) for reward in config.rewards}
     return ingress_application(config.rewards, config.service, token_digest(token) if token else None, rewards)
 

@@ -15,6 +15,9 @@ from raylign.config import Config
 from raylign.errors import ConfigError
 from rewards import RewardUnion, check_names
 
+HTTP_CPUS = 0.5
+"""CPUs that Ray sets aside for each process of the HTTP face."""
+
 
 class AutoscalingConfig(Config):
     """How many replicas a reward has when its load decides."""
@@ -50,8 +53,8 @@ class ServingConfig(Config):
     """GPUs that Ray sets aside per replica; fractions share a device."""
     max_batch_size: int = Field(default=8, ge=1)
     """Calls (a training call brings a whole group) that a replica scores together."""
-    batch_wait_ms: float = Field(default=2.0, ge=0)
-    """How long a replica waits for more calls before it starts, milliseconds."""
+    batch_wait_ms: float = Field(default=0.0, ge=0)
+    """How long an idle replica waits for more calls before it starts, milliseconds; a busy one gathers them anyway."""
     max_concurrent_batches: int = Field(default=1, ge=1)
     """Batches that a replica has in hand at once; more than one suits a reward that waits for a server of its own."""
     max_queued_requests: int = Field(default=512, ge=1)
@@ -74,6 +77,11 @@ class ServingConfig(Config):
     def max_replicas(self) -> int:
         """Most replicas it may have."""
         return self.num_replicas if self.autoscaling is None else self.autoscaling.max_replicas
+
+    @property
+    def min_replicas(self) -> int:
+        """Fewest replicas it may have."""
+        return self.num_replicas if self.autoscaling is None else self.autoscaling.min_replicas
 
     def overridden(self, by: ServingConfig) -> ServingConfig:
         """This with the keys that `by` was given."""

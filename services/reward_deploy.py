@@ -13,27 +13,24 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
-from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatusOverview, LoggingConfig
 
 from raylign.errors import ClusterError
 from rewards import RewardUnion
-from services.reward_config import AutoscalingConfig, ServiceConfig, ServingConfig
+from services.reward_config import HTTP_CPUS, AutoscalingConfig, ServiceConfig, ServingConfig
+from services.reward_door import HttpDoor
 from services.reward_http import build_api
 from services.reward_replica import RewardReplica
 from services.reward_scorer import HandleScorer
 
-HTTP_CPUS = 0.5
-"""CPUs that Ray sets aside for each process of the HTTP face."""
-_MAX_HTTP_REQUESTS = 100
+HEAD_NODE_RESOURCE = "node:__internal_head__"
 _DELETE_MARGIN_S = 5.0
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -45,20 +42,33 @@ _CONTROL: dict[str, Any] = {
 
 
 class RewardIngress:
-    """The HTTP face in a replica of its own: `services.reward_http` on handles."""
+    """The HTTP face in a replica of its own: `services.reward_http` on handles, behind a port that it opens."""
 
-    def __init__(
+    async def __init__(
         self,
         rewards: Sequence[RewardUnion],
         service: ServiceConfig,
         digest: str | None,
         handles: Mapping[str, DeploymentHandle],
     ) -> None:
-        self._rewards, self._service, self._digest = rewards, service, digest
-        self._scorer = HandleScorer(rewards, handles, service, waits_when_full=False)
+        scorer = HandleScorer(rewards, by_value(handles), service, waits_when_full=False)
+        app = build_api(scorer, rewards, service, digest, config_hash(rewards))
+        self._door = await HttpDoor.open(
+            app, service.host, service.port, service.drain_timeout_s, shared=service.http_replicas > 1
+        )
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._scorer, self._rewards, self._service, self._digest, config_hash(self._rewards))
+    def check_health(self) -> None:
+        """Have Serve replace a process that listens no more."""
+        self._door.check()
+
+    async def __del__(self) -> None:
+        """Serve awaits this before it ends the process."""
+        await self._door.close()
+
+
+def by_value(handles: Mapping[str, DeploymentHandle]) -> dict[str, DeploymentHandle]:
+    """Handles that send calls over gRPC with the samples in them: a third faster than actor calls with references."""
+    return {name: handle.options(_by_reference=False) for name, handle in handles.items()}
 
 
 def config_hash(rewards: Sequence[RewardUnion]) -> str:
@@ -100,12 +110,11 @@ def ingress_application(
     as_deployment = serve.deployment(
         name="http",
         num_replicas=service.http_replicas,
-        max_ongoing_requests=_MAX_HTTP_REQUESTS,
-        ray_actor_options={"num_cpus": HTTP_CPUS},
-        **_back_pressure(service, service),
-        **_CONTROL,
+        # The port is this node's, whatever other nodes the cluster has.
+        ray_actor_options={"num_cpus": HTTP_CPUS, "resources": {HEAD_NODE_RESOURCE: 0.001}},
+        **{**_CONTROL, "graceful_shutdown_timeout_s": service.drain_timeout_s + _DELETE_MARGIN_S},
     )
-    return as_deployment(serve.ingress()(RewardIngress)).bind(tuple(rewards), service, digest, dict(handles))
+    return as_deployment(RewardIngress).bind(tuple(rewards), service, digest, dict(handles))
 
 
 def _count(serving: ServingConfig) -> dict[str, Any]:
@@ -132,26 +141,21 @@ def _back_pressure(serving: ServingConfig, service: ServiceConfig) -> dict[str, 
     }
 
 
-def start_serve(service: ServiceConfig, http: bool) -> None:
-    """Start Serve on the cluster; where it already runs, it keeps its own HTTP settings. Raises ClusterError."""
+def start_serve() -> None:
+    """Start Serve on the cluster unless it runs there; the service needs none of its proxies. Raises ClusterError."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its news is not the run's
-    location: Literal["HeadOnly", "Disabled"] = "HeadOnly" if http else "Disabled"
-    # Above our own limit, so that a slow reward is a result with a status and not a 408.
-    slowest_s = max(serving.timeout_s for serving in (service, *service.per_reward.values()))
-    options = HTTPOptions(host=service.host, port=service.port, request_timeout_s=2 * slowest_s)
     try:
-        serve.start(proxy_location=location, http_options=options if http else None, logging_config=_QUIET)
+        serve.start(proxy_location="Disabled", logging_config=_QUIET)
     except (RayError, RayServeException) as error:
-        where = f" at {service.host}:{service.port}; is the port taken? Set another service.port" if http else ""
-        raise ClusterError(f"Ray Serve did not start{where}") from error
+        raise ClusterError("Ray Serve did not start on this cluster; see its logs, and `raylign doctor`") from error
 
 
-def deploy(apps: Mapping[str, Application], route_prefix: str | None, timeout_s: float) -> list[DeploymentHandle]:
+def deploy(apps: Mapping[str, Application], timeout_s: float) -> list[DeploymentHandle]:
     """Deploy applications side by side and wait until all run. Raises ClusterError with Serve's reason.
 
     Serve's own waiting has no end, for instance when no node has the CPUs that a replica asks for.
     """
-    targets = [serve.RunTarget(app, name, route_prefix, _QUIET) for name, app in apps.items()]
+    targets = [serve.RunTarget(app, name, None, _QUIET) for name, app in apps.items()]
     handles = serve.run_many(targets, wait_for_applications_running=False)
     deadline = time.monotonic() + timeout_s
     while True:
@@ -175,17 +179,6 @@ def _reason(app: ApplicationStatusOverview | None) -> str:
         return "Serve does not know it"
     messages = [app.message, *(deployment.message for deployment in app.deployments.values())]
     return "; ".join(message.strip() for message in messages if message.strip()) or app.status.value
-
-
-def wait_for_proxy(timeout_s: float = 30.0) -> None:
-    """Raise ClusterError unless an HTTP proxy is up: a Serve that was started without one does not get one later."""
-    deadline = time.monotonic() + timeout_s
-    while not any(status == "HEALTHY" for status in serve.status().proxies.values()):
-        if time.monotonic() > deadline:
-            raise ClusterError(
-                "Ray Serve runs on this cluster without HTTP; use another cluster, or start this service first"
-            )
-        time.sleep(0.1)
 
 
 def remove(stages: Sequence[Sequence[str]], drain_timeout_s: float, with_serve: bool = True) -> None:

@@ -166,7 +166,7 @@ class HandleScorer:
             except (RayActorError, RayServeException) as error:
                 logger.warning("reward %r: a replica is gone (%s)", name, type(error).__name__)
                 code, message = "model_error", "the reward's replica died"
-            except RayError:
+            except Exception:  # errors of the replica and of the transport arrive under their own names
                 logger.exception("reward %r: a replica failed", name)
                 return _errors(name, samples, "model_error", "the reward's replica failed; see the log", False)
             else:

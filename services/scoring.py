@@ -1,4 +1,4 @@
-"""From drawn groups to scored groups: what every caller of a Scorer does alike."""
+"""From drawn groups to scored groups, and the Scorer that goes over HTTP."""
 
 from __future__ import annotations
 
@@ -6,7 +6,31 @@ import time
 from collections.abc import Sequence
 
 from raylign.types import RewardBreakdown, RewardFailure, RewardSample, RolloutGroup, RolloutStatus
+from rewards.grouping import in_groups
+from rewards.remote import RewardClient
 from services.roles import Scorer
+
+
+class HttpScorer:
+    """Scores a run's samples as any other client of the service would; lossless pictures give the same values."""
+
+    def __init__(self, client: RewardClient, compares: bool) -> None:
+        """`compares`: whether a reward scores a group as a whole, so that each group goes in a request of its own."""
+        self._client = client
+        self._compares = compares
+
+    async def score(self, samples: Sequence[RewardSample]) -> list[RewardBreakdown]:
+        """One breakdown per sample, in order; errors are values."""
+        if self._compares:
+            return await in_groups(samples, self._score_group)
+        return await self._client.score(samples)
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._client.aclose()
+
+    async def _score_group(self, samples: Sequence[RewardSample]) -> list[RewardBreakdown]:
+        return (await self._client.score_group(samples)).breakdowns
 
 
 async def score_groups(scorer: Scorer, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:

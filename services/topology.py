@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING, Any
 from learner.parallel import RankGroup
 from raylign.errors import ClusterError
 from rewards import make_mix
+from rewards.remote import RewardClient
 from services.assembly import build_engine, build_learner
 from services.config import RunConfig
 from services.in_process import LocalFleet, LocalLearner
 from services.ray_errors import answer
+from services.reward_config import HTTP_CPUS
 from services.roles import Fleet, LearnerRole, Scorer
+from services.scoring import HttpScorer
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
+
+    from services.reward_app import RewardService
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 
@@ -34,6 +39,7 @@ class Topology:
     learner: LearnerRole
     workers: tuple[ActorHandle, ...] = ()
     worker_names: tuple[str, ...] = ()
+    _close: tuple[Callable[[], Awaitable[None]], ...] = ()
     _stop: tuple[Callable[[], None], ...] = ()
 
     async def peak_memory_bytes(self) -> dict[str, int]:
@@ -46,6 +52,8 @@ class Topology:
 
     async def close(self) -> None:
         await self.fleet.close()
+        for close in self._close:
+            await close()
         for stop in self._stop:
             stop()
 
@@ -63,8 +71,10 @@ async def build(config: RunConfig, phase: Phase, own_cluster: bool = True) -> To
 def required_resources(config: RunConfig) -> dict[str, float]:
     """CPUs and GPUs that the run's actors and reward replicas reserve on a Ray cluster."""
     service = config.reward_service
-    replicas = len(config.rewards) * service.num_replicas + int(service.http)
-    cpus = replicas * service.num_cpus_per_replica
+    servings = [service.serving(reward.name) for reward in config.rewards]
+    cpus = sum(serving.min_replicas * serving.num_cpus_per_replica for serving in servings)
+    cpus += HTTP_CPUS * service.http_replicas if _serves_http(config) else 0
+    reward_gpus = sum(serving.min_replicas * serving.num_gpus_per_replica for serving in servings)
     gpus = config.rollout.num_actors * config.rollout.num_gpus
     if config.placement == "colocated":
         cpus += config.learner.num_ranks
@@ -72,7 +82,7 @@ def required_resources(config: RunConfig) -> dict[str, float]:
     else:
         cpus += config.rollout.num_actors + config.learner.num_ranks
         gpus += config.learner.num_ranks * config.learner.num_gpus_per_rank
-    return {"CPU": cpus, "GPU": gpus}
+    return {"CPU": cpus, "GPU": gpus + reward_gpus}
 
 
 def check_cluster(config: RunConfig) -> None:
@@ -112,7 +122,8 @@ async def _build_on_ray(config: RunConfig, phase: Phase, own_cluster: bool) -> T
     try:
         with phase("reward service"):
             # Runs that share a cluster must not share, replace or delete each other's rewards.
-            service = RewardService.start(config.rewards, config.reward_service, name=f"raylign-{uuid.uuid4().hex[:8]}")
+            name = f"raylign-{uuid.uuid4().hex[:8]}"
+            service = RewardService.start(config.rewards, config.reward_service, _serves_http(config), name)
             if not own_cluster:
                 stop.append(service.shutdown)
         async with _start_timeout(config.start_timeout_s):
@@ -125,7 +136,22 @@ async def _build_on_ray(config: RunConfig, phase: Phase, own_cluster: bool) -> T
             stop_one()
         raise
     fleet, learner = RayFleet(rollout_workers), RayLearner(rank_workers)
-    return Topology(fleet, service, learner, workers, tuple(names.values()), tuple(stop))
+    over_http = config.reward_service.transport == "http"
+    scorer = _http_scorer(config, service) if over_http else service
+    return Topology(fleet, scorer, learner, workers, tuple(names.values()), (scorer.close,), tuple(stop))
+
+
+def _serves_http(config: RunConfig) -> bool:
+    return config.reward_service.http or config.reward_service.transport == "http"
+
+
+def _http_scorer(config: RunConfig, service: RewardService) -> HttpScorer:
+    """A client of the run's own service, more patient than the service is with its rewards."""
+    settings = config.reward_service
+    slowest_s = max(settings.serving(reward.name).timeout_s for reward in config.rewards)
+    assert service.address is not None  # it was started with its HTTP face
+    client = RewardClient(service.address, settings.read_token(), timeout_s=2 * slowest_s + 30)
+    return HttpScorer(client, service.compares)
 
 
 @asynccontextmanager
