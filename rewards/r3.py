@@ -197,9 +197,12 @@ class R3Reward:
     def _ranked(self, why_hollow: str | None, standing: Standing, seconds: float) -> RewardScore:
         if why_hollow is not None:
             return base.success(self, 0.0, details={"prefiltered": why_hollow})
+        only_walkovers = not any(match.num_draws for match in standing.judged)
+        if standing.failure is not None and only_walkovers:
+            return self._failed(standing.failure)  # to have beaten texts that say nothing is no verdict
         if standing.win_rate is None:
             nobody = RewardFailure("invalid_input", "the group has no other candidate to compare this one with")
-            return self._failed(standing.failure or nobody)
+            return self._failed(nobody)
         return base.success(self, standing.win_rate, seconds, {**self._named(), **standing.record()})
 
     async def _match(self, prompt_text: str, first: Candidate, second: Candidate, key: str) -> Match | RewardFailure:

@@ -259,6 +259,14 @@ def test_failed_matches_are_left_out_of_a_tournament() -> None:
     assert scores[0].details["num_failed_matches"] == 1
 
 
+def test_beating_a_hollow_text_is_no_verdict_when_the_judge_fails() -> None:
+    engine = ScriptedEngine(lambda _: OVERLOADED)
+    scores = _group(_reward(engine, mode="pair"), _text("plain"), _text("..."), _text("other"))
+    assert [score.error for score in scores] == [OVERLOADED, None, OVERLOADED]
+    alone = _group(_reward(engine, mode="pair"), _text("plain"), _text("..."))
+    assert [score.value for score in alone] == [1.0, 0.0], "nobody was asked"
+
+
 @pytest.mark.parametrize("count", [1, 5])
 def test_a_group_that_cannot_be_compared_is_invalid(count) -> None:
     scores = _group(_reward(_likes("x"), mode="pair", max_group=4), *texts(count))
