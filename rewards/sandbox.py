@@ -1,7 +1,7 @@
 """Runs foreign code where it can do no harm: fresh namespaces, no network, nothing of the host but Python, limits.
 
-Bubblewrap is used where it works, else util-linux's unshare with our own stage one (`sandbox_setup.py`). Which of them
-isolates is not assumed but tried (`Sandbox.choose`): a probe program must fail to reach out. In either, code has
+Bubblewrap is used where it works, else util-linux's unshare with a root of our own making (`sandbox_setup.py`). Which
+of them isolates is not assumed but tried (`Sandbox.choose`): a probe program must fail to reach out. In either, code has
 
     user, pid, mount, network, IPC and UTS namespaces of its own, no capability, no new privileges, an empty environment
     a root with Python and the system's libraries, read-only, no /proc, no /etc, no home; a writable /tmp in memory
@@ -35,7 +35,7 @@ _HOST_PATHS = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null"
 _MOUNT_POINT = "/sys"
 """Where stage one builds the new root: exists everywhere, and nothing in it is wanted."""
 _PROBE = """
-import json, os, socket, sys
+import ctypes, json, os, socket, sys
 facts = {}
 def can(name, action):
     try:
@@ -55,6 +55,7 @@ can("write outside of its folder", lambda: open(os.path.join(sys.prefix, "lib", 
 can("reach a network", lambda: socket.socket(type=socket.SOCK_DGRAM).connect(("192.0.2.1", 9)))
 can("write into its folder", lambda: open("probe", "w"))
 facts["be root"] = os.geteuid() == 0
+facts["trace its init"] = ctypes.CDLL(None).ptrace(16, 1, 0, 0) == 0
 try:
     can("start processes without end", fork_many)
 finally:
@@ -67,6 +68,7 @@ _EXPECTED = {
     "reach a network": False,
     "write into its folder": True,
     "be root": False,
+    "trace its init": False,
     "start processes without end": False,
 }
 
@@ -188,12 +190,12 @@ def _unshare(command: Sequence[str], limits: Limits) -> list[str]:
     }
     as_user = [] if is_root else ["--user", "--map-root-user"]
     namespaces = ["--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child"]
-    stage_one = [_python(), "-I", "-S", "-c", _source("sandbox_setup.py"), json.dumps(plan)]
     die_with_owner = [_tool("setpriv"), "--pdeathsig", "KILL"]
-    return [*die_with_owner, _tool("unshare"), *as_user, *namespaces, *stage_one]
+    return [*die_with_owner, _tool("unshare"), *as_user, *namespaces, *_stage_one(plan)]
 
 
 def _bubblewrap(command: Sequence[str], limits: Limits) -> list[str]:
+    """All by bubblewrap, but for the last user namespace, without which its init could be traced."""
     binds = [
         argument
         for path in _exposed()
@@ -205,8 +207,13 @@ def _bubblewrap(command: Sequence[str], limits: Limits) -> list[str]:
     ]
     return [
         _tool("bwrap"), "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", *binds,
-        "--size", str(limits.workdir_bytes), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp", "--", *command,
+        "--size", str(limits.workdir_bytes), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp", "--",
+        *_stage_one({"command": list(command)}),
     ]  # fmt: skip
+
+
+def _stage_one(plan: Mapping[str, Any]) -> list[str]:
+    return [_python(), "-I", "-S", "-c", _source("sandbox_setup.py"), json.dumps(plan)]
 
 
 def _exposed() -> list[str]:

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # linux/mount.h, linux/prctl.h, linux/sched.h
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC = 1, 2, 4, 32, 4096, 16384
@@ -58,8 +59,22 @@ def _expose(path: str, root: str) -> None:
 
 
 def main() -> None:
-    """`sys.argv[1]` is JSON: root, expose, workdir_bytes, user, command."""
+    """`sys.argv[1]` is JSON: root, expose, workdir_bytes, user, command; only the command where the rest is done."""
     plan = json.loads(sys.argv[1])
+    if "root" in plan:
+        _build_root(plan)
+        stage_two = os.fork()
+        if stage_two != 0:
+            os.closerange(0, 3)  # the pipes end with stage two
+            while os.wait()[0] != stage_two:
+                pass
+            return
+    _drop_privileges(plan.get("user"))
+    os.execve(plan["command"][0], plan["command"], {})
+
+
+def _build_root(plan: Any) -> None:
+    """A root of read-only binds and a writable /tmp; this process moves into it."""
     root = plan["root"]
     _mount("none", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
     for path in plan["expose"]:
@@ -73,13 +88,6 @@ def main() -> None:
     _call("umount2", b".", MNT_DETACH)
     _mount("none", "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV, None)
     os.chdir("/tmp")
-    stage_two = os.fork()
-    if stage_two == 0:
-        _drop_privileges(plan["user"])
-        os.execve(plan["command"][0], plan["command"], {})
-    os.closerange(0, 3)  # the pipes end with stage two
-    while os.wait()[0] != stage_two:
-        pass
 
 
 def _drop_privileges(user: int | None) -> None:
