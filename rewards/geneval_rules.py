@@ -93,6 +93,12 @@ def select(
     return {name: _without_overlaps(objects[:max_objects], max_overlap) for name, objects in found.items()}
 
 
+def box_of(mask_HW: npt.NDArray[np.bool_]) -> Box:
+    """The smallest box around a mask that is not empty."""
+    rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
 def overlap(box_a: Box, box_b: Box) -> float:
     """Intersection over union of two boxes whose right and bottom pixels count as inside (the +1 convention)."""
     corners = (*map(max, box_a[:2], box_b[:2]), *map(min, box_a[2:], box_b[2:]))
