@@ -1,7 +1,8 @@
 """Runs foreign code where it can do no harm: fresh namespaces, no network, nothing of the host but Python, limits.
 
 Bubblewrap is used where it works, else util-linux's unshare with a root of our own making (`sandbox_setup.py`). Which
-of them isolates is not assumed but tried (`Sandbox.choose`): a probe program must fail to reach out. In either, code has
+of them isolates is not assumed but tried (`Sandbox.choose`): a probe program must fail to reach out. Either way, code
+has
 
     user, pid, mount, network, IPC and UTS namespaces of its own, no capability, no new privileges, an empty environment
     a root with Python and the system's libraries, read-only, no /proc, no /etc, no home; a writable /tmp in memory

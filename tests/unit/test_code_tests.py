@@ -158,20 +158,31 @@ def f(*a): return 77
 }
 
 
-@pytest.mark.parametrize("cheat", CHEATS)
-def test_a_cheat_passes_nothing(cheat: str) -> None:
-    reward = CodeTestsReward(CodeTestsConfig(timeout_s=1.0))
+@pytest.fixture(scope="module")
+def cheated() -> dict[str, RewardScore]:
+    """All cheats in one batch, beside an honest program."""
+    reward = CodeTestsReward(CodeTestsConfig(timeout_s=2.0, num_workers=4))
     try:
         reward.load()
     except ConfigError as error:
         pytest.skip(str(error))
+    prompt = Prompt("p", "", {"tests": ["assert f(3) == 9", "assert f(-2) == 4", "assert f(5) == 25"]})
+    codes = {**CHEATS, "honest": "def f(n): return n * n"}
+    samples = [RewardSample(name, prompt, text=f"```python\n{code}\n```") for name, code in codes.items()]
     started = time.monotonic()
-    # The last test of SQUARE is a bare truth value; what it may pass by luck is left out here.
-    tests = {"tests": [*SQUARE["tests"][:2], "assert f(5) == 25"]}
-    score = _score(reward, tests, CHEATS[cheat])
-    assert score.value == 0.0, score
-    assert score.details["reason"] != "passed"
-    assert time.monotonic() - started < 8
+    scores = asyncio.run(reward.score(samples))
+    assert time.monotonic() - started < 60
+    return dict(zip(codes, scores, strict=True))
+
+
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_a_cheat_passes_nothing(cheated: dict[str, RewardScore], cheat: str) -> None:
+    assert cheated[cheat].value == 0.0, cheated[cheat]
+    assert cheated[cheat].details["reason"] != "passed"
+
+
+def test_an_honest_program_among_cheats_passes(cheated: dict[str, RewardScore]) -> None:
+    assert cheated["honest"].value == 1.0, cheated["honest"]
 
 
 @pytest.mark.parametrize(
