@@ -13,6 +13,7 @@ from pydantic import Field
 from rewards.aesthetic import AestheticConfig, AestheticReward
 from rewards.base import Reward, RewardConfig
 from rewards.clip_score import ClipScoreConfig, ClipScoreReward
+from rewards.code_tests import CodeTestsConfig, CodeTestsReward
 from rewards.countdown import CountdownConfig, CountdownReward
 from rewards.format_tags import FormatTagsConfig, FormatTagsReward
 from rewards.hps import HpsConfig, HpsReward
@@ -39,6 +40,7 @@ AnyRewardConfig = (
     | CountdownConfig
     | SudokuConfig
     | MathAnswerConfig
+    | CodeTestsConfig
     | FormatTagsConfig
     | R3Config
     | RemoteConfig
@@ -56,6 +58,7 @@ REWARDS = {
     CountdownConfig: CountdownReward,
     SudokuConfig: SudokuReward,
     MathAnswerConfig: MathAnswerReward,
+    CodeTestsConfig: CodeTestsReward,
     FormatTagsConfig: FormatTagsReward,
     R3Config: R3Reward,
     RemoteConfig: RemoteReward,
@@ -80,6 +83,8 @@ __all__ = [
     "AnyRewardConfig",
     "ClipScoreConfig",
     "ClipScoreReward",
+    "CodeTestsConfig",
+    "CodeTestsReward",
     "CountdownConfig",
     "CountdownReward",
     "FormatTagsConfig",
