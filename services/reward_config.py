@@ -150,6 +150,8 @@ class ServiceConfig(ServingConfig):
     """A request whose body has not arrived after this time is refused."""
     retry_after_s: float = Field(default=1.0, gt=0)
     """How long clients that are refused for load are told to wait."""
+    max_requests: int = Field(default=64, ge=1)
+    """Most requests for scores that each process of the HTTP face holds at a time; more are told to come back."""
     max_requests_per_s: float | None = Field(default=None, gt=0)
     """Most requests per second from one address, on average; bursts of a second's worth pass. No limit by default."""
     replay_s: float = Field(default=300.0, ge=0)

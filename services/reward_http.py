@@ -1,7 +1,7 @@
 """The reward service's HTTP face. Ray is behind the `RewardBackend`; `services.reward_api` has the contract's parts.
 
-request ─▶ token, rate ─▶ body ─▶ schema ─▶ rewards ─▶ pictures ─▶ backend ─▶ one result per sample
-           401  429    408 413 415  400 422   422    413, or a result  429 504   200, whatever failed
+request ─▶ token, rate, room ─▶ body ─▶ schema ─▶ rewards ─▶ pictures ─▶ backend ─▶ one result per sample
+           401  429   503    408 413 415  400 422   422    413, or a result  429 504   200, whatever failed
 """
 
 from __future__ import annotations
@@ -42,7 +42,15 @@ from services.reward_api.body import parse, read_body
 from services.reward_api.document import READ_STATUSES, SCORE_STATUSES, body_of, document, refusals
 from services.reward_api.door import Door, Replay, token_digest
 from services.reward_api.pictures import check_parts, read_samples, samples_of
-from services.reward_api.refusals import ClientGone, add_handlers, invalid, json_answer, raw_answer
+from services.reward_api.refusals import (
+    ApiError,
+    ClientGone,
+    add_handlers,
+    invalid,
+    json_answer,
+    raw_answer,
+    retry_after,
+)
 from services.reward_config import ServiceConfig
 
 GRACE_S = 0.5
@@ -158,8 +166,21 @@ class _Scoring:
         self._limits = limits
         self._service = service
         self._replay = Replay(limits.replay_s)
+        self._num_inside = 0
 
     async def answer(
+        self, request: Request, model: type[ScoreRequest] | type[ScoreGroupRequest], score: Score
+    ) -> Response:
+        """The answer to a request whose body is still to be read. Raises ApiError, or ClientGone."""
+        if self._num_inside >= self._limits.max_requests:
+            raise ApiError(503, "overloaded", "the service is full", retry_after(self._limits.retry_after_s))
+        self._num_inside += 1
+        try:
+            return await self._answer(request, model, score)
+        finally:
+            self._num_inside -= 1
+
+    async def _answer(
         self, request: Request, model: type[ScoreRequest] | type[ScoreGroupRequest], score: Score
     ) -> Response:
         started = time.monotonic()

@@ -21,7 +21,7 @@ _MEANING = {
     422: "The schema is broken, or a reward, version or parameter is asked for that there is not.",
     429: "Every reward's queue is full, or this address asks too often. Retry-After says when to come back.",
     500: "A bug. The log entry `log_id` tells more.",
-    503: "A reward cannot be reached. Retry-After says when to come back.",
+    503: "The service is full, or a reward cannot be reached. Retry-After says when to come back.",
     504: "The deadline passed before any reward answered.",
 }
 SCORE_STATUSES = (400, 401, 408, 409, 413, 415, 422, 429, 500, 503, 504)

@@ -57,6 +57,28 @@ def test_nothing_but_full_queues_is_a_429() -> None:
     assert (partly.status_code, partly.json()["counts"]) == (200, {"overloaded": 1})
 
 
+def test_a_full_house_is_a_503_and_empties_again() -> None:
+    gate, inside = asyncio.Event(), asyncio.Semaphore(0)
+
+    async def wait(_samples) -> None:
+        inside.release()
+        await gate.wait()
+
+    async def crowd(client: httpx.AsyncClient) -> list[httpx.Response]:
+        body = {"samples": texts("a")}
+        first = [asyncio.create_task(client.post("/v1/score", json=body)) for _ in range(2)]
+        for _ in first:
+            await inside.acquire()
+        turned_away = await client.post("/v1/score", json=body)
+        gate.set()
+        return [*await asyncio.gather(*first), turned_away, await client.post("/v1/score", json=body)]
+
+    answers = with_app(crowd, LocalBackend(LENGTH, before=wait), max_requests=2, retry_after_s=7)
+    assert [answer.status_code for answer in answers] == [200, 200, 503, 200]
+    assert answers[2].headers["Retry-After"] == "7"
+    assert "full" in refused(answers[2], 503)
+
+
 async def _never(_samples) -> None:
     await asyncio.sleep(60)
 
