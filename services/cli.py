@@ -94,19 +94,29 @@ def pretrain(
     pretrain_model(name, out, seed)
 
 
-@app.command("serve-rewards")
+@app.command("serve-rewards", context_settings=_OVERRIDES)
 def serve_rewards(
+    context: typer.Context,
     config: Annotated[str, typer.Argument(help="A TOML file with [[rewards]] and [service].")] = "rewards_cpu",
 ) -> None:
-    """Serve reward models over HTTP until Ctrl-C."""
+    """Serve reward models over HTTP until Ctrl-C. Any key can be set after the file, as in `train`.
+
+    Example: `raylign serve-rewards rewards_cpu --service.port 8001 --rewards.0.engine rapidocr`
+    """
+    config, overrides = split_config(config, "rewards_cpu", context.args)
     from raylign.assets import find_config
     from raylign.config import load_config
     from services.reward_app import run_reward_server
     from services.reward_config import RewardServerConfig
 
+    settings = load_config(RewardServerConfig, find_config(config), overrides)
+    names = ", ".join(reward.name for reward in settings.rewards)
+    typer.echo(f"Starting {names} on Ray Serve ...")
     run_reward_server(
-        load_config(RewardServerConfig, find_config(config)),
-        lambda address: typer.echo(f"Rewards are served at {address} (docs at {address}/docs); Ctrl-C stops."),
+        settings,
+        lambda address: typer.echo(
+            f"Rewards are served at {address}: GET /v1/rewards lists them, /openapi.json has every field. Ctrl-C stops."
+        ),
     )
 
 
