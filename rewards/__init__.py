@@ -16,6 +16,7 @@ from rewards.clip_score import ClipScoreConfig, ClipScoreReward
 from rewards.code_tests import CodeTestsConfig, CodeTestsReward
 from rewards.countdown import CountdownConfig, CountdownReward
 from rewards.format_tags import FormatTagsConfig, FormatTagsReward
+from rewards.geneval import GenevalConfig, GenevalReward
 from rewards.hps import HpsConfig, HpsReward
 from rewards.imagereward import ImageRewardConfig, ImageRewardReward
 from rewards.jpeg import JpegConfig, JpegReward
@@ -32,6 +33,7 @@ from rewards.vlm_judge import VlmJudgeConfig, VlmJudgeReward
 AnyRewardConfig = (
     OcrConfig
     | JpegConfig
+    | GenevalConfig
     | ClipScoreConfig
     | PickScoreConfig
     | HpsConfig
@@ -50,6 +52,7 @@ RewardUnion = Annotated[AnyRewardConfig, Field(discriminator="type")]
 REWARDS = {
     OcrConfig: OcrReward,
     JpegConfig: JpegReward,
+    GenevalConfig: GenevalReward,
     ClipScoreConfig: ClipScoreReward,
     PickScoreConfig: PickScoreReward,
     HpsConfig: HpsReward,
@@ -89,6 +92,8 @@ __all__ = [
     "CountdownReward",
     "FormatTagsConfig",
     "FormatTagsReward",
+    "GenevalConfig",
+    "GenevalReward",
     "HpsConfig",
     "HpsReward",
     "ImageRewardConfig",

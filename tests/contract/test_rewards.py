@@ -10,10 +10,10 @@ from pydantic import TypeAdapter
 from raylign.types import RewardSample, RewardScore
 from rewards import REWARDS, Reward, RewardConfig, RewardUnion
 from rewards.base import TakesParams, score_totally
-from tests.reward_cases import judges, learned, pictures, remote, text
+from tests.reward_cases import geneval, judges, learned, pictures, remote, text
 from tests.reward_cases.case import Case
 
-CASES = [*pictures.CASES, *learned.CASES, *text.CASES, *judges.CASES, *remote.CASES]
+CASES = [*pictures.CASES, *geneval.CASES, *learned.CASES, *text.CASES, *judges.CASES, *remote.CASES]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: type(case.config).__name__)
