@@ -31,7 +31,6 @@ from rewards.grouping import any_compares, in_groups
 from services.process import local_cluster
 from services.reward_config import RewardServerConfig, ServiceConfig
 from services.reward_deploy import (
-    by_value,
     deploy,
     ingress_application,
     num_cpus,
@@ -108,7 +107,7 @@ class RewardService:
         return cls(
             stages,
             service.drain_timeout_s,
-            HandleScorer(rewards, by_value(handles), service),
+            HandleScorer(rewards, handles, service),
             [RewardAsk(config.name, config.weight, config.required) for config in rewards],
             make_mix(rewards),
             f"http://{service.host}:{service.port}" if with_http else None,

