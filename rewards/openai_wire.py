@@ -77,11 +77,18 @@ class Tokens(_Foreign):
     tokens: list[int]
 
 
+def _rising(candidates: list[TopLogprob]) -> list[TopLogprob]:
+    return sorted(candidates, key=lambda candidate: candidate.logprob)
+
+
 def listed_tokens(answer: ChatAnswer) -> tuple[TokenAlternatives, ...]:
-    """Every generated token with its alternatives, those of the thinking and of the stop too; empty if not given."""
+    """Every generated token with its alternatives, those of the thinking and of the stop too; empty if not given.
+
+    Pieces of a character share one text (U+FFFD); the likeliest of them stands for all.
+    """
     logprobs = answer.choices[0].logprobs
     return tuple(
-        TokenAlternatives(entry.token, {top.token: top.logprob for top in (*entry.top_logprobs, entry)})
+        TokenAlternatives(entry.token, {top.token: top.logprob for top in (*_rising(entry.top_logprobs), entry)})
         for entry in (logprobs.content if logprobs else None) or ()
     )
 

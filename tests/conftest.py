@@ -1,6 +1,6 @@
 """What every test runs under: no hub, no usage statistics, one compute thread, the same examples each time.
 
-The folder says what kind a test is: `service` and `gpu` tests get their marker from it.
+The folder says what kind a test is: `service`, `vllm` and `gpu` tests get their marker from it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 import torch
 
 _HERE = Path(__file__).parent
-_MARKED_FOLDERS = ("service", "gpu")
+_MARKED_FOLDERS = ("service", "vllm", "gpu")
 
 hypothesis.settings.register_profile("raylign", derandomize=True, database=None, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("raylign")

@@ -24,7 +24,7 @@ _SPECIAL = [
     "<image>",
 ]
 _THINKING = ["<think>", "</think>"]
-_WIDTH = 32
+_WIDTH = 64
 _TEMPLATE = """
 {%- for message in messages -%}
 <|im_start|>{{ message.role }}
@@ -33,11 +33,12 @@ _TEMPLATE = """
 {%- endfor %}{% endif %}<|im_end|>
 {% endfor -%}
 {%- if add_generation_prompt -%}<|im_start|>assistant
-{% if enable_thinking is defined and not enable_thinking %}<think>
+{% if enable_thinking is defined %}<think>
+{% if not enable_thinking %}
 
 </think>
 
-{% endif %}{% endif %}"""
+{% endif %}{% endif %}{% endif %}"""
 
 
 def write_text_judge(folder: Path, seed: int = 0) -> Path:
@@ -45,7 +46,7 @@ def write_text_judge(folder: Path, seed: int = 0) -> Path:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = _tokenizer("")
-    config = Qwen3Config(**_language(len(tokenizer)), head_dim=16, max_position_embeddings=2048)
+    config = Qwen3Config(**_language(len(tokenizer)), max_position_embeddings=8192)
     return _save(folder, seed, lambda: Qwen3ForCausalLM(config), tokenizer)
 
 
@@ -71,7 +72,7 @@ def write_llava_judge(folder: Path, seed: int = 0) -> Path:
     )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=Qwen3Config(**_language(len(tokenizer)), head_dim=16, max_position_embeddings=2048),
+        text_config=Qwen3Config(**_language(len(tokenizer)), max_position_embeddings=8192),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_select_strategy="default",
         vision_feature_layer=-1,
@@ -97,8 +98,8 @@ def write_qwen_vl_judge(folder: Path, seed: int = 0) -> Path:
     config = Qwen2_5_VLConfig(
         text_config={
             **_language(len(tokenizer)),
-            "max_position_embeddings": 2048,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+            "max_position_embeddings": 8192,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
         },
         vision_config={
             "depth": 2,
@@ -141,6 +142,7 @@ def _language(vocab_size: int) -> dict[str, Any]:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
+        "head_dim": 32,  # vLLM's attention on CPU has no smaller one
         "tie_word_embeddings": False,
         "eos_token_id": None,
         "bos_token_id": None,
@@ -149,14 +151,24 @@ def _language(vocab_size: int) -> dict[str, Any]:
 
 
 def _save(folder: Path, seed: int, build: Callable[[], Any], reader: Any) -> Path:
-    with torch.random.fork_rng(devices=[]):
+    tokenizer = getattr(reader, "tokenizer", reader)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = build()
-        # A default initialisation answers every question alike; wide weights let the question decide.
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(std=0.3)
+        # A default initialisation answers every question alike; wide weights let the question decide. One direction is
+        # the same for all tokens and no layer writes it, which gives each token a bias in the answer: special tokens
+        # are never said, and a quoted text ends soon.
+        for name, parameter in model.named_parameters():
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.05 if writes else 0.3)
+            if writes:
+                parameter[0] = 0.0
+        model.get_input_embeddings().weight.normal_(std=2.0)[:, 0] = 4.0
+        bias_V = torch.zeros(len(tokenizer))
+        bias_V[tokenizer.convert_tokens_to_ids([*_SPECIAL, *_THINKING])] = -15.0
+        bias_V[tokenizer.convert_tokens_to_ids('"')] = 4.0
+        model.get_output_embeddings().weight[:, 0] = bias_V
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     reader.save_pretrained(folder)

@@ -114,7 +114,7 @@ def test_a_folder_that_is_no_package_has_no_init(folder: str) -> None:
 
 def test_pytest_finds_every_test_file() -> None:
     folders = {path.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").rglob("test_*.py")}
-    assert folders <= {"unit", "contract", "numeric", "service", "gpu"}
+    assert folders <= {"unit", "contract", "numeric", "service", "vllm", "gpu"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
