@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels; right and bottom are the first pixel outside."""
-Aspect = Literal["count", "colour", "position", "exclude"]
+Aspect = Literal["count", "color", "position", "exclude"]
 
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
@@ -157,10 +157,10 @@ def flow_grpo(task: Task, found: Mapping[str, Sequence[Detection]], colours_of: 
         problem = _wrong_number(clause, objects)
         if problem:
             if clause.colour is not None or clause.relation is not None:
-                terms.append(Term(clause.name, "position" if clause.colour is None else "colour", 0.0))
+                terms.append(Term(clause.name, "position" if clause.colour is None else "color", 0.0))
         elif clause.colour is not None:
             num_right = colours_of(objects).count(clause.colour)
-            terms.append(Term(clause.name, "colour", _closeness(clause.count, num_right)))
+            terms.append(Term(clause.name, "color", _closeness(clause.count, num_right)))
             problem = _wrong_colour(clause, num_right)
         if not problem and clause.relation is not None:
             problem = _misplacement(clause, objects, groups)
@@ -191,7 +191,7 @@ def clean(task: Task, found: Mapping[str, Sequence[Detection]], colours_of: Colo
         problem = _wrong_number(clause, objects)
         if clause.colour is not None:
             num_right = 0 if problem else colours_of(objects).count(clause.colour)
-            terms.append(Term(clause.name, "colour", _closeness(clause.count, num_right)))
+            terms.append(Term(clause.name, "color", _closeness(clause.count, num_right)))
             problem = problem or _wrong_colour(clause, num_right)
         if clause.relation is not None:
             problem = problem or _misplacement(clause, objects, groups)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from raylign.config import Config
+from rewards import checkpoints
 from rewards.geneval_rules import Detection, box_of
 
 if TYPE_CHECKING:
@@ -47,13 +48,13 @@ class ShapesConfig(Config):
 class ShapesDetector:
     """Finds the shapes of `raylign.pretrain.shape_pictures`."""
 
-    version = f"shapes-{VERSION}"
     fingerprint = ""
 
     def __init__(self) -> None:
         from raylign.pretrain.shape_pictures import outlines
 
         self.names: Sequence[str] = tuple(outlines())
+        self.version = f"shapes-{VERSION}/{checkpoints.library_versions('opencv-python-headless')}"
 
     def load(self) -> None:
         """Measure the shapes."""

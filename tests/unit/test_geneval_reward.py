@@ -82,7 +82,7 @@ def test_everything_seen_is_in_the_details() -> None:
     assert score.details["clauses"] == [
         {"class": "circle", "aspect": "count", "value": 1.0},
         {"class": "star", "aspect": "count", "value": 1.0},
-        {"class": "star", "aspect": "colour", "value": 1.0},
+        {"class": "star", "aspect": "color", "value": 1.0},
         {"class": "star", "aspect": "position", "value": 1.0},
     ]
     objects: Any = score.details["objects"]
