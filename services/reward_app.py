@@ -38,6 +38,7 @@ from services.reward_deploy import (
     reward_application,
     start_serve,
 )
+from services.reward_door import check_free
 from services.reward_http import token_digest
 from services.reward_scorer import HandleScorer
 
@@ -195,6 +196,7 @@ def _cluster(config: RewardServerConfig) -> Generator[None]:
     if ray.is_initialized():
         yield
         return
+    check_free(config.service.host, config.service.port)
     needed = max(os.cpu_count() or 1, math.ceil(num_cpus(config.rewards, config.service)))
     with tempfile.TemporaryDirectory(prefix="raylign-rewards-") as folder, local_cluster(needed, Path(folder)):
         yield

@@ -103,20 +103,28 @@ def cancelled_with_its_client(app: ASGIApp) -> ASGIApp:
     return watched
 
 
+def check_free(host: str, port: int) -> None:
+    """Raise ClusterError if somebody listens there, before minutes go into loading models."""
+    _listen(host, port, shared=False).close()
+
+
 async def _bind(host: str, port: int, shared: bool, timeout_s: float) -> socket.socket:
     """A listening socket; waits a while for the port."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            return socket.create_server(
-                (host, port),
-                family=socket.AF_INET6 if ":" in host else socket.AF_INET,
-                backlog=_BACKLOG,
-                reuse_port=shared,
-            )
-        except OSError as error:
+            return _listen(host, port, shared)
+        except ClusterError:
             if time.monotonic() > deadline:
-                raise ClusterError(
-                    f"cannot listen at {host}:{port}: {error.strerror}; is the port taken? Set another service.port"
-                ) from None
+                raise
         await asyncio.sleep(0.1)
+
+
+def _listen(host: str, port: int, shared: bool) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=shared)
+    except OSError as error:
+        raise ClusterError(
+            f"cannot listen at {host}:{port}: {error.strerror}; is the port taken? Set another service.port"
+        ) from None

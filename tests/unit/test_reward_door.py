@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from raylign.errors import ClusterError
-from services.reward_door import HttpDoor
+from services.reward_door import HttpDoor, check_free
 
 
 class Slow:
@@ -99,6 +99,8 @@ def test_a_bug_is_a_500_without_its_text() -> None:
 def test_a_taken_port_is_an_error_after_a_while() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = int(taken.getsockname()[1])
+        with pytest.raises(ClusterError, match="is the port taken"):
+            check_free("127.0.0.1", port)
         with pytest.raises(ClusterError, match=rf"cannot listen at 127\.0\.0\.1:{port}: .*another service\.port"):
             asyncio.run(HttpDoor.open(FastAPI(), "127.0.0.1", port, drain_timeout_s=1.0, bind_timeout_s=0.2))
 
