@@ -7,12 +7,14 @@ import base64
 import io
 import json
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,14 +22,17 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from raylign.config import load_config
 from raylign.errors import ConfigError, ModelError
 from raylign.types import RewardFailure
 from rewards.judge_engine import JudgeMessage, JudgeReply, JudgeRequest, LabelLogprobs, TokenAlternatives
 from rewards.judge_text import check_labels, content_tokens, shown_name, split_thinking, sum_labels
-from rewards.judges import OpenAIEngineConfig, make_engine
+from rewards.judges import DecisionEngineConfig, OpenAIEngineConfig, make_engine
 from rewards.openai_engine import OpenAIEngine, chat_body
 from rewards.retry import RetryPolicy
+from services.reward_config import RewardServerConfig
 
+ROOT = Path(__file__).parents[2]
 QUESTION = JudgeRequest((JudgeMessage("user", "Is it?"),), max_tokens=8)
 MODELS = {"data": [{"id": "judge", "root": "/models/judge"}]}
 Answer = tuple[int, dict[str, str], Any]
@@ -477,3 +482,33 @@ def test_split_thinking_takes_the_first_closing_tag() -> None:
 
 def test_a_folder_is_shown_by_its_last_part() -> None:
     assert [shown_name(name) for name in ("/srv/models/r3/", "./r3", "Qwen/Qwen3-8B")] == ["r3", "r3", "Qwen/Qwen3-8B"]
+
+
+# --- what is documented
+
+
+def _documented_keys(page: str, heading: str) -> dict[str, str]:
+    section = page.split(f'## `type = "{heading}"`\n')[1].split("\n## ")[0]
+    return dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", section.split("\n\nThe")[0].split("\n\nIt")[0], re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("heading", "config"), [("openai", OpenAIEngineConfig()), ("decision", DecisionEngineConfig())]
+)
+def test_every_key_is_documented_with_its_default(heading: str, config: Any) -> None:
+    page = (ROOT / "docs" / "judge_engine.md").read_text(encoding="utf-8")
+    defaults = {name: value for name, value in config.model_dump().items() if name != "type"}
+    documented = _documented_keys(page, heading)
+    assert set(documented) == set(defaults)
+    for name, shown in documented.items():
+        if shown != "(required)":
+            assert type(defaults[name])(shown.strip('`"')) == defaults[name]
+
+
+def test_the_documented_reward_service_parses(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "judge_engine.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
+    path = tmp_path / "rewards.toml"
+    path.write_text(block, encoding="utf-8")
+    settings = load_config(RewardServerConfig, path)
+    assert [reward.type for reward in settings.rewards] == ["r3", "vlm_judge"]
