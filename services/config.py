@@ -176,6 +176,7 @@ class RunConfig(Config):
             raise ValueError(
                 f"in_process runs one thing at a time, so max_staleness must be 0, got {self.max_staleness}"
             )
+        self.reward_service.check_per_reward([reward.name for reward in self.rewards])
         if self.placement == "in_process" and self.reward_service.transport == "http":
             raise ValueError("in_process scores in its own process; reward_service.transport = 'http' needs a cluster")
         if self.placement == "colocated":

@@ -11,7 +11,7 @@ import socket
 import time
 
 import uvicorn
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from raylign.errors import ClusterError
 
@@ -44,7 +44,7 @@ class HttpDoor:
         """
         listening = await _bind(host, port, shared, bind_timeout_s)
         config = uvicorn.Config(
-            cancelled_with_its_client(app),
+            app,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -64,43 +64,6 @@ class HttpDoor:
         """Take no more connections, answer what is inside, and let go of the port."""
         self._server.should_exit = True
         await asyncio.wait([self._task])
-
-
-def cancelled_with_its_client(app: ASGIApp) -> ASGIApp:
-    """The application, except that a request whose client has gone away is cancelled, with all that it waits for."""
-
-    async def watched(scope: Scope, receive: Receive, send: Send) -> None:
-        body_read, answered = asyncio.Event(), asyncio.Event()
-
-        async def receive_body() -> Message:
-            message = await receive()
-            if not message.get("more_body", False):
-                body_read.set()
-            return message
-
-        async def send_answer(message: Message) -> None:
-            await send(message)
-            if message["type"] == "http.response.body" and not message.get("more_body", False):
-                answered.set()
-
-        answer = asyncio.ensure_future(app(scope, receive_body, send_answer))
-
-        async def watch() -> None:
-            await body_read.wait()
-            await receive()  # behind the body comes nothing but the client's end, or that of the answer
-            if not answered.is_set():
-                answer.cancel()
-
-        watcher = asyncio.create_task(watch())
-        try:
-            await asyncio.wait([answer])
-        finally:
-            watcher.cancel()
-            answer.cancel()
-        if not answer.cancelled():
-            answer.result()
-
-    return watched
 
 
 def check_free(host: str, port: int) -> None:
