@@ -32,7 +32,7 @@ MIN_AREA = 0.004
 MIN_PIXELS = 9
 WORST_FIT, BEST_FIT = 0.65, 0.79
 """Overlap with the best hypothesis that scores 0, and that scores 1. A drawn shape overlaps its own kind by more than
-0.9, and any other kind by less than 0.85."""
+0.9, and any other kind by less than 0.87."""
 MAX_SIDE = 96
 """Pixels; a larger blob is compared at this size."""
 UNIT = 128
@@ -118,6 +118,7 @@ def _fits(alpha_HW: npt.NDArray[np.float32]) -> dict[str, float]:
     shrink = MAX_SIDE / max(alpha_HW.shape)
     if shrink < 1:
         alpha_HW = cv2.resize(alpha_HW, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA).astype(np.float32)
+    alpha_HW = np.pad(alpha_HW, max(alpha_HW.shape) // 4)  # a wrong shape reaches beyond the blob, and must pay for it
     area, x, y = _moments(alpha_HW)
     fits: dict[str, float] = {}
     for name, (unit_area, unit_x, unit_y) in _measures().items():

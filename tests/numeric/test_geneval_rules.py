@@ -121,14 +121,19 @@ def test_an_exclusion_that_no_clause_implies_is_a_term_of_the_clean_rule_only() 
     assert not official(task, seen, no_colours).perfect
 
 
-def test_the_benchmark_looks_at_the_surest_objects_only() -> None:
+@pytest.mark.parametrize(
+    ("sure", "unsure", "right", "strict"),
+    [("red", "blue", True, False), ("blue", "red", False, False), ("red", "red", True, False)],
+)
+def test_the_benchmark_looks_at_the_surest_objects_only(sure: str, unsure: str, right: bool, strict: bool) -> None:
     task = Task("colors", (Clause("cat", colour="red"),))
-    sure, unsure = Detection("cat", 0.9, A), Detection("cat", 0.8, B)
-    colours = {id(sure): "red", id(unsure): "blue"}
-    found = select([unsure, sure], 0.3)
-    assert official(task, found, lambda seen: [colours[id(one)] for one in seen]).perfect
-    assert not clean(task, found, lambda seen: [colours[id(one)] for one in seen]).perfect
-    assert not official(replace(task, include=(Clause("cat", 2, "red"),)), found, by_class(cat="blue")).perfect
+    seen = [Detection("cat", 0.8, B), Detection("cat", 0.9, A)]
+    colours = {0.8: unsure, 0.9: sure}
+    found = select(seen, 0.3)
+    assert official(task, found, lambda ones: [colours[one.score] for one in ones]).perfect == right
+    assert clean(task, found, lambda ones: [colours[one.score] for one in ones]).perfect == strict
+    two = replace(task, include=(Clause("cat", 2, "red"),))
+    assert official(two, found, lambda ones: [colours[one.score] for one in ones]).perfect == (sure == unsure == "red")
 
 
 def test_every_pair_must_stand_in_the_relation() -> None:

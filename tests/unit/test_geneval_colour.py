@@ -115,4 +115,5 @@ def test_clip_takes_the_colour_whose_mean_sentence_is_nearest() -> None:
     assert colours.name_colours(image, seen) == expected
     assert [colours.name_colours(image, [one])[0] for one in seen] == expected
     assert colours.name_colours(image, []) == []
+    np.testing.assert_allclose(np.linalg.norm(colours._classifier("tv"), axis=1), 1.0, rtol=1e-5)
     assert colours.fingerprint == clip.fingerprint != ""

@@ -13,7 +13,7 @@ from raylign.pretrain.shape_pictures import Group, Scene, Shape, compose, outlin
 from rewards.geneval_colour import PixelColours
 from rewards.geneval_prompts import draw_task
 from rewards.geneval_rules import clean, flow_grpo, official, relations, select, threshold_of
-from rewards.geneval_shapes import ShapesDetector
+from rewards.geneval_shapes import ShapesDetector, _blobs, _fits
 from rewards.geneval_task import TAGS, Clause, Tag, Task
 
 DETECTOR, COLOURS = ShapesDetector(), PixelColours()
@@ -63,6 +63,19 @@ def test_every_drawn_scene_is_read_exactly(tag: Tag, size: tuple[int, int]) -> N
             left.remove(match)
         assert left == [], scene
         assert judge(task, picture) == [1.0, 1.0, 1.0], scene
+
+
+@pytest.mark.parametrize("name", list(outlines()))
+def test_a_drawn_shape_fits_its_own_kind_and_no_other(name: str) -> None:
+    rng = np.random.default_rng(0)
+    for size in np.geomspace(8, 120, 12):
+        side = round(3 * size)
+        x, y = rng.uniform(size, 2 * size, 2)
+        shape = Shape(name, "brown", x, y, size)
+        ((alpha, _, _),) = _blobs(render(Scene(side, side, (shape,), ((118, 70, 34),))))
+        fits = _fits(alpha)
+        assert fits.pop(name) > 0.9
+        assert max(fits.values()) < 0.87
 
 
 @pytest.mark.parametrize("size", [(32, 32), (128, 128)])
@@ -136,11 +149,11 @@ def test_what_is_no_shape_scores_little() -> None:
     assert DETECTOR.detect(np.full((64, 64, 3), 128, np.uint8), 0.0) == []
     noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert select(DETECTOR.detect(noise, 0.3), 0.3) == {}
-    counts = Counter(one.name for one in DETECTOR.detect(_blobs(rng), 0.9))
+    counts = Counter(one.name for one in DETECTOR.detect(_bars(), 0.9))
     assert counts == {}
 
 
-def _blobs(rng: np.random.Generator) -> np.ndarray:
+def _bars() -> np.ndarray:
     """Long bars and an L, which no shape is like."""
     picture = np.full((96, 96, 3), 128, np.uint8)
     cv2.rectangle(picture, (5, 5), (60, 12), (215, 38, 38), -1)
