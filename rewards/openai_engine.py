@@ -27,7 +27,7 @@ from raylign.types import JsonValue, RewardFailure
 from rewards.images import encode_png
 from rewards.judge_engine import JudgeMessage, JudgeReply, JudgeRequest, LabelLogprobs
 from rewards.judge_text import check_labels, spellings, sum_labels
-from rewards.openai_wire import ChatAnswer, Model, ModelList, Tokens, listed_tokens, reply_of
+from rewards.openai_wire import ChatAnswer, Model, ModelList, Tokens, listed_tokens, lists_as_many, reply_of
 from rewards.retry import RetryPolicy, post_with_retries
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,13 @@ class OpenAIEngine:
         body = await asyncio.to_thread(chat_body, request, self._config.flavour)
         async with self._in_flight():
             answer = await self._chat(body)
-        return answer if isinstance(answer, RewardFailure) else reply_of(answer)
+        if isinstance(answer, RewardFailure):
+            return answer
+        if self._config.flavour == "vllm" and not lists_as_many(answer, min(request.top_logprobs, MAX_TOP_LOGPROBS)):
+            # vLLM 0.32 lists chosen tokens only, for all of a batch, if any question in it has `logprob_token_ids`.
+            message = f"{_SERVER} left out likely tokens: label questions beside this one; give each kind a server"
+            return RewardFailure("model_error", message, retryable=True)
+        return reply_of(answer)
 
     async def label_logprobs(self, request: JudgeRequest, labels: tuple[str, ...]) -> LabelLogprobs | RewardFailure:
         """The spellings of a label (case, a leading space) are summed over what the server lists at the first token.

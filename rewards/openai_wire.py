@@ -93,6 +93,12 @@ def listed_tokens(answer: ChatAnswer) -> tuple[TokenAlternatives, ...]:
     )
 
 
+def lists_as_many(answer: ChatAnswer, wanted: int) -> bool:
+    """Whether every generated token has as many alternatives as were asked for."""
+    logprobs = answer.choices[0].logprobs
+    return all(len(entry.top_logprobs) >= wanted for entry in (logprobs.content if logprobs else None) or ())
+
+
 def reply_of(answer: ChatAnswer) -> JudgeReply:
     """The first answer, with its thinking apart from its content whether or not the server separates them."""
     choice = answer.choices[0]

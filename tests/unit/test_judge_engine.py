@@ -282,11 +282,19 @@ def test_thinking_is_kept_apart_from_content(message: dict[str, Any], content: s
 
 
 def test_alternatives_are_those_of_the_content() -> None:
-    places = [{"<think>": 0.0}, {"4": -1.0}, {"</think>": 0.0}, {"\n\n": 0.0}, {"4": -0.1, "5": -3.0}, {"<end>": 0.0}]
+    said = ("<think>", "4", "</think>", "\n\n", "4", "<end>")
+    places = [{token: -0.1, "5": -3.0} for token in said]
     with server(lambda _: chat("4", logprobs=listed(*places), reasoning="4")) as script:
         reply = asyncio.run(_ask(engine(script), replace(QUESTION, top_logprobs=2)))
     assert isinstance(reply, JudgeReply)
     assert reply.tokens == (TokenAlternatives("4", {"4": -0.1, "5": -3.0}),)
+
+
+@pytest.mark.parametrize(("flavour", "fails"), [("vllm", True), ("openai", False)])
+def test_a_vllm_that_leaves_out_likely_tokens_is_a_failure(flavour: Any, fails: bool) -> None:
+    with server(lambda _: chat("45", logprobs=listed({"4": -0.1, "5": -3.0}, {"5": -0.1}))) as script:
+        reply = asyncio.run(_ask(engine(script, flavour=flavour), replace(QUESTION, top_logprobs=2)))
+    assert isinstance(reply, RewardFailure) is fails
 
 
 def test_content_that_cannot_be_found_in_its_tokens_keeps_them_all() -> None:

@@ -201,6 +201,27 @@ def test_questions_at_once_are_answered_like_one(text_server: JudgeServer, engin
         assert dict(said.logprob_by_label) == pytest.approx(labels(engine, request), abs=1e-4)
 
 
+def test_label_questions_beside_it_never_make_an_answer_wrong(text_server: JudgeServer, engine: OpenAIEngine) -> None:
+    long = replace(QUESTION, thinking=False, max_tokens=100, top_logprobs=5)
+
+    async def beside() -> JudgeReply | RewardFailure:
+        pending = asyncio.create_task(engine.ask(long))
+        while not pending.done():
+            said = await engine.label_logprobs(QUESTION, LABELS)
+            assert isinstance(said, LabelLogprobs)
+        return await pending
+
+    reply = asyncio.run(beside())
+    if isinstance(reply, RewardFailure):
+        assert reply.retryable
+        assert "left out likely tokens" in reply.message
+    else:
+        alone = ask(engine, long)
+        assert [set(token.logprob_by_token) for token in reply.tokens] == [
+            set(t.logprob_by_token) for t in alone.tokens
+        ]
+
+
 def test_an_r3_judge_marks_by_a_rubric(text_server: JudgeServer, config: OpenAIEngineConfig) -> None:
     reward = R3Reward(
         R3Config(
