@@ -33,7 +33,7 @@ MIN_PIXELS = 9
 WORST_FIT, BEST_FIT = 0.65, 0.79
 """Overlap with the best hypothesis that scores 0, and that scores 1. A drawn shape overlaps its own kind by more than
 0.9, and any other kind by less than 0.87."""
-MAX_SIDE = 96
+MAX_SIDE = 64
 """Pixels; a larger blob is compared at this size."""
 UNIT = 128
 """Side in pixels at which a shape's area and centre of mass are measured."""
