@@ -20,12 +20,12 @@ from rewards.geneval import GenevalConfig, GenevalReward
 from rewards.hps import HpsConfig, HpsReward
 from rewards.imagereward import ImageRewardConfig, ImageRewardReward
 from rewards.jpeg import JpegConfig, JpegReward
+from rewards.judging.r3_judge import R3Config
 from rewards.math_answer import MathAnswerConfig, MathAnswerReward
 from rewards.mix import RewardMix, check_names, mix
 from rewards.ocr import OcrConfig, OcrReward
 from rewards.pickscore import PickScoreConfig, PickScoreReward
 from rewards.r3 import R3Reward
-from rewards.r3_judge import R3Config
 from rewards.remote_reward import RemoteConfig, RemoteReward
 from rewards.sudoku import SudokuConfig, SudokuReward
 from rewards.vlm_judge import VlmJudgeConfig, VlmJudgeReward

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from raylign.types import Prompt, RewardSample, RewardScore
-from rewards import base, checkpoints, learned
+from rewards import base
 from rewards.base import Modality
-from rewards.clip_model import ClipModel
-from rewards.learned import LearnedConfig, LinearHead, Rating
+from rewards.vision import checkpoints, learned
+from rewards.vision.clip_model import ClipModel
+from rewards.vision.learned import LearnedConfig, LinearHead, Rating
 
 RULE_VERSION = "1"
 _REMEDY = (

@@ -32,12 +32,12 @@ from pydantic import Field
 
 from raylign.errors import PromptError
 from raylign.types import JsonValue, Prompt, RewardSample, RewardScore
-from rewards.answers import last_code
 from rewards.base import Modality, RewardConfig
-from rewards.child_process import Child, ChildEndedError, ChildError, ChildTimeoutError
-from rewards.sandbox import Limits, Sandbox, SandboxError
-from rewards.sandbox_child import called_names, decode, encode
-from rewards.text_rule import NoVerdict, Verdict, score_texts, verdict
+from rewards.isolation.child_process import Child, ChildEndedError, ChildError, ChildTimeoutError
+from rewards.isolation.sandbox import Limits, Sandbox, SandboxError
+from rewards.isolation.sandbox_child import called_names, decode, encode
+from rewards.text.answers import last_code
+from rewards.text.rule import NoVerdict, Verdict, score_texts, verdict
 
 logger = logging.getLogger(__name__)
 

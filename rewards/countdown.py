@@ -26,9 +26,9 @@ from pydantic import Field
 
 from raylign.errors import PromptError
 from raylign.types import Prompt, RewardSample, RewardScore
-from rewards.answers import last_answer
 from rewards.base import Modality, RewardConfig
-from rewards.text_rule import Verdict, score_texts, verdict
+from rewards.text.answers import last_answer
+from rewards.text.rule import Verdict, score_texts, verdict
 
 RULE_VERSION = "1"
 D1_FORMAT_SCORE = 0.1

@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 
 from raylign.types import Prompt, RewardSample, RewardScore
 from rewards.base import Modality, RewardConfig
-from rewards.text_rule import Verdict, score_texts
+from rewards.text.rule import Verdict, score_texts
 
 RULE_VERSION = "1"
 _STRICT_OPEN, _STRICT_MIDDLE, _STRICT_CLOSE = "<reasoning>\n", "\n</reasoning>\n<answer>\n", "\n</answer>\n"

@@ -1,6 +1,6 @@
 """The GenEval reward: are the objects there that the prompt asks for, so many, in those colours, in that place?
 
-A detector finds objects, a namer says their colours, and a rule turns both into a value (`rewards.geneval_rules`).
+A detector finds objects, a namer says their colours, and a rule turns both into a value (`rewards.scenes.rules`).
 Ghosh et al. 2023 (arXiv 2310.11513). With the Mask2Former detector and CLIP colours it is the published protocol;
 with the shapes detector and pixel colours, the default, the same protocol on pictures of plain coloured shapes.
 """
@@ -17,13 +17,14 @@ from pydantic import Field
 
 from raylign.errors import PromptError
 from raylign.types import JsonValue, Prompt, RewardSample, RewardScore
-from rewards import base, geneval_rules
+from rewards import base
 from rewards.base import Modality, Params, RewardConfig
-from rewards.geneval_colour import ClipColourConfig, ColourNamer, PixelColourConfig, make_colours
-from rewards.geneval_detector import Mask2FormerConfig, Mask2FormerDetector
-from rewards.geneval_rules import ColourReader, Detection, Verdict, select, threshold_of
-from rewards.geneval_shapes import ShapesConfig, ShapesDetector
-from rewards.geneval_task import METADATA_KEYS, Task, parse_task
+from rewards.scenes import rules
+from rewards.scenes.colour import ClipColourConfig, ColourNamer, PixelColourConfig, make_colours
+from rewards.scenes.detector import Mask2FormerConfig, Mask2FormerDetector
+from rewards.scenes.rules import ColourReader, Detection, Verdict, select, threshold_of
+from rewards.scenes.shapes import ShapesConfig, ShapesDetector
+from rewards.scenes.task import METADATA_KEYS, Task, parse_task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,7 +108,7 @@ class GenevalReward:
         self._detector = detector or make_detector(config.detector)
         self._colours = colours or make_colours(config.colour)
         self.range: tuple[float, float] | None = (
-            (geneval_rules.LOWEST_FLOW_GRPO, 1.0) if config.mode == "flow_grpo" else (0.0, 1.0)
+            (rules.LOWEST_FLOW_GRPO, 1.0) if config.mode == "flow_grpo" else (0.0, 1.0)
         )
         self.version = f"{RULE_VERSION}/{config.mode}/{self._detector.version}/{self._colours.version}"
 
@@ -163,13 +164,13 @@ class GenevalReward:
         threshold = threshold_of(task.tag)
         found = select(self._detector.detect(image_HWC, threshold), threshold)
         eye = _Eye(self._colours, image_HWC)
-        clean = geneval_rules.clean(task, found, eye.colours_of)
-        official = geneval_rules.official(task, found, eye.colours_of)
+        clean = rules.clean(task, found, eye.colours_of)
+        official = rules.official(task, found, eye.colours_of)
         chosen = {
             "clean": clean,
             "strict": clean,
             "official": official,
-            "flow_grpo": geneval_rules.flow_grpo(task, found, eye.colours_of),
+            "flow_grpo": rules.flow_grpo(task, found, eye.colours_of),
         }[self._mode]
         value = float(clean.perfect) if self._mode == "strict" else chosen.value
         details: dict[str, JsonValue] = {

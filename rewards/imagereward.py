@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from raylign.types import Prompt, RewardSample, RewardScore
-from rewards import learned
 from rewards.base import Modality
-from rewards.blip import ImageRewardModel
-from rewards.learned import LearnedConfig, Rating
+from rewards.vision import learned
+from rewards.vision.blip import ImageRewardModel
+from rewards.vision.learned import LearnedConfig, Rating
 
 RULE_VERSION = "1"
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072

@@ -25,11 +25,11 @@ from pydantic import Field
 
 from raylign.errors import ConfigError, PromptError
 from raylign.types import Prompt, RewardSample, RewardScore
-from rewards.answers import after_last_tag, last_answer, last_boxed
 from rewards.base import Modality, RewardConfig
 from rewards.format_tags import d1_parts
-from rewards.text_rule import NoVerdict, Verdict, score_texts, shown, verdict
-from rewards.worker_pool import WorkerDiedError, WorkerPool, WorkerTimeoutError
+from rewards.isolation.worker_pool import WorkerDiedError, WorkerPool, WorkerTimeoutError
+from rewards.text.answers import after_last_tag, last_answer, last_boxed
+from rewards.text.rule import NoVerdict, Verdict, score_texts, shown, verdict
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class MathAnswerReward:
             self.version += f"/math-verify-{_math_verify_version()}"
         self._threads = ThreadPoolExecutor(config.num_workers, thread_name_prefix=f"{config.name}-math")
         # -P: the worker's own folder, with this package's modules in it, must not come before the library's.
-        command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))]
+        command = [sys.executable, "-P", str(Path(__file__).parent / "isolation" / "math_worker.py")]
         self._pool = WorkerPool(command, config.num_workers)
 
     def load(self) -> None:

@@ -17,8 +17,8 @@ from raylign.errors import PromptError
 from raylign.types import Prompt, RewardSample, RewardScore
 from rewards import base
 from rewards.base import Modality, RewardConfig
-from rewards.ocr_engine import EngineName, OcrEngine, make_engine
-from rewards.ocr_text import (
+from rewards.reading.engine import EngineName, OcrEngine, make_engine
+from rewards.reading.similarity import (
     clean_similarity,
     exact,
     flow_grpo_similarity,

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from raylign.types import Prompt, RewardSample, RewardScore
-from rewards import learned
 from rewards.base import Modality
-from rewards.clip_model import ClipModel
-from rewards.learned import LearnedConfig, Rating
+from rewards.vision import learned
+from rewards.vision.clip_model import ClipModel
+from rewards.vision.learned import LearnedConfig, Rating
 
 RULE_VERSION = "1"
 

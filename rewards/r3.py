@@ -19,14 +19,14 @@ from raylign.errors import ConfigError, PromptError
 from raylign.types import JsonValue, Prompt, RewardFailure, RewardSample, RewardScore
 from rewards import base
 from rewards.base import Canary, Modality, Params
-from rewards.canaries import image_canaries, text_canaries
-from rewards.judge_engine import JudgeEngine
-from rewards.judge_guard import hollow
-from rewards.judge_marks import MAX_SHOWN
-from rewards.judges import make_engine
-from rewards.r3_judge import Candidate, Draw, R3Config, R3Judge
-from rewards.rubrics import Rubric, library_rubric, load_rubric, principle_rubric
-from rewards.tournament import Match, Standing, group_problem, points, round_robin, standings, with_statistics
+from rewards.judging.canaries import image_canaries, text_canaries
+from rewards.judging.engine import JudgeEngine
+from rewards.judging.engines import make_engine
+from rewards.judging.guard import hollow
+from rewards.judging.marks import MAX_SHOWN
+from rewards.judging.r3_judge import Candidate, Draw, R3Config, R3Judge
+from rewards.judging.rubrics import Rubric, library_rubric, load_rubric, principle_rubric
+from rewards.judging.tournament import Match, Standing, group_problem, points, round_robin, standings, with_statistics
 
 RULE_VERSION = "1"
 """Counts changes to prompts, parsing and what makes values of verdicts."""

@@ -17,9 +17,9 @@ from typing import Literal
 
 from raylign.errors import PromptError
 from raylign.types import Prompt, RewardSample, RewardScore
-from rewards.answers import last_answer
 from rewards.base import Modality, RewardConfig
-from rewards.text_rule import Verdict, score_texts, verdict
+from rewards.text.answers import last_answer
+from rewards.text.rule import Verdict, score_texts, verdict
 
 RULE_VERSION = "1"
 SIDES = {16: 4, 81: 9}

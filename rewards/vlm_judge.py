@@ -23,14 +23,14 @@ from raylign.errors import ConfigError, PromptError
 from raylign.types import JsonValue, Prompt, RewardFailure, RewardSample, RewardScore
 from rewards import base
 from rewards.base import Canary, Modality, Params, RewardConfig
-from rewards.canaries import image_canaries
-from rewards.judge_draws import ask_until_usable
-from rewards.judge_engine import JudgeEngine, JudgeRequest
-from rewards.judge_marks import parse_marks
-from rewards.judge_probability import Preference, preference
-from rewards.judge_template import JudgeTemplate, Kind, library_template, load_template
-from rewards.judges import EngineUnion, OpenAIEngineConfig, make_engine
-from rewards.tournament import (
+from rewards.judging.canaries import image_canaries
+from rewards.judging.draws import ask_until_usable
+from rewards.judging.engine import JudgeEngine, JudgeRequest
+from rewards.judging.engines import EngineUnion, OpenAIEngineConfig, make_engine
+from rewards.judging.marks import parse_marks
+from rewards.judging.probability import Preference, preference
+from rewards.judging.template import JudgeTemplate, Kind, library_template, load_template
+from rewards.judging.tournament import (
     Match,
     Standing,
     group_problem,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.geneval_rules import (
+from rewards.scenes.rules import (
     Box,
     Detection,
     clean,
@@ -21,7 +21,7 @@ from rewards.geneval_rules import (
     select,
     threshold_of,
 )
-from rewards.geneval_task import RELATIONS, TAGS, Clause, Exclusion, Task
+from rewards.scenes.task import RELATIONS, TAGS, Clause, Exclusion, Task
 
 A: Box = (0, 0, 100, 100)
 B: Box = (300, 0, 400, 100)

@@ -6,9 +6,9 @@ import math
 import pytest
 
 from raylign.types import RewardFailure
-from rewards.judge_engine import TokenAlternatives
-from rewards.judge_probability import preference, soft_mark
-from rewards.tournament import Match, group_statistics, points, round_robin, standings
+from rewards.judging.engine import TokenAlternatives
+from rewards.judging.probability import preference, soft_mark
+from rewards.judging.tournament import Match, group_statistics, points, round_robin, standings
 
 FAILED = RewardFailure("timeout", "too slow")
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 
 from raylign.types import Prompt, RewardFailure, RewardSample
-from rewards.judge_engine import JudgeReply, JudgeRequest, LabelLogprobs
+from rewards.judging.engine import JudgeReply, JudgeRequest, LabelLogprobs
+from rewards.judging.r3_judge import R3Config
 from rewards.r3 import R3Reward
-from rewards.r3_judge import R3Config
 from rewards.vlm_judge import VlmJudgeConfig, VlmJudgeReward
 from tests.reward_cases.case import Case
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from raylign.types import RewardFailure
-from rewards.judge_engine import JudgeMessage, JudgeReply, JudgeRequest, LabelLogprobs
-from rewards.judges import DecisionEngineConfig, OpenAIEngineConfig, make_engine
-from rewards.openai_engine import Flavour, OpenAIEngine, chat_body
+from rewards.judging.engine import JudgeMessage, JudgeReply, JudgeRequest, LabelLogprobs
+from rewards.judging.engines import DecisionEngineConfig, OpenAIEngineConfig, make_engine
+from rewards.judging.openai_engine import Flavour, OpenAIEngine, chat_body
 from tests.judge_servers import JudgeServer, free_port, judge_server
 from tests.tiny_judges import write_llava_judge
 

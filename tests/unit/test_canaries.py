@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from rewards.base import Canary, Reward, score_totally
-from rewards.canaries import CAPTION, GOOD_ANSWER, TEXTS, image_canaries, text_canaries
+from rewards.judging.canaries import CAPTION, GOOD_ANSWER, TEXTS, image_canaries, text_canaries
+from rewards.judging.r3_judge import R3Config
 from rewards.r3 import R3Reward
-from rewards.r3_judge import R3Config
 from tests.reward_cases.judges import ScriptedEngine, said, verdict
 
 
@@ -46,7 +46,7 @@ def test_pictures_are_blank_noise_or_words() -> None:
 
 def test_words_in_a_picture_can_be_read() -> None:
     """By the OCR reward's engine, so that the judge can read them too."""
-    from rewards.ocr_engine import make_engine
+    from rewards.reading.engine import make_engine
 
     (sample,) = [canary.sample for canary in image_canaries(0) if canary.name == "words_yes"]
     engine = make_engine("rapidocr", 1)

@@ -16,7 +16,7 @@ FILES = {
 }
 SCRIPT = """
 from raylign.errors import ModelError
-from rewards.checkpoints import find_directory, find_file, weight_files
+from rewards.vision.checkpoints import find_directory, find_file, weight_files
 
 print(find_file("lab/tuned/HPS.pt", "fetch it").read_text())
 for name in ("lab/clip", "lab/old"):

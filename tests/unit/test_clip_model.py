@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raylign.errors import ModelError
-from rewards.clip_model import ClipModel
+from rewards.vision.clip_model import ClipModel
 from tests.tiny_clip import CONTEXT, EMBEDDING, SIDE, clip_folder, clip_model, tokenizer
 
 RNG = np.random.default_rng(0)

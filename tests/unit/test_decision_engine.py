@@ -14,8 +14,8 @@ import torch
 
 from raylign.errors import ConfigError, ModelError
 from raylign.types import RewardFailure
-from rewards.judge_engine import JudgeEngine, JudgeMessage, JudgeReply, JudgeRequest, LabelLogprobs
-from rewards.judges import DecisionEngineConfig, make_engine
+from rewards.judging.engine import JudgeEngine, JudgeMessage, JudgeReply, JudgeRequest, LabelLogprobs
+from rewards.judging.engines import DecisionEngineConfig, make_engine
 from tests.tiny_judges import write_llava_judge, write_text_judge
 
 QUESTION = JudgeRequest((JudgeMessage("system", "Judge."), JudgeMessage("user", "Is it red?")), max_tokens=6)

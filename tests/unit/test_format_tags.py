@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from raylign.types import Prompt, RewardSample
-from rewards.answers import after_last_tag, last_answer, last_boxed, last_code
 from rewards.format_tags import FormatTagsConfig, FormatTagsReward, soft_format, strict_format, tags_in_order
+from rewards.text.answers import after_last_tag, last_answer, last_boxed, last_code
 
 PIECES = st.lists(st.sampled_from([
     "<reasoning>", "</reasoning>", "<answer>", "</answer>", "\n", " ", "x", "\\boxed{", "}", "{", "\\}", "```",

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from raylign.pretrain import shape_pictures
-from rewards.clip_model import ClipModel
-from rewards.geneval_colour import (
+from rewards.scenes.colour import (
     ANCHORS,
     BLANK,
     ClipColourConfig,
@@ -17,8 +16,9 @@ from rewards.geneval_colour import (
     make_colours,
     nearest_colour,
 )
-from rewards.geneval_rules import Detection
-from rewards.geneval_task import COLOURS
+from rewards.scenes.rules import Detection
+from rewards.scenes.task import COLOURS
+from rewards.vision.clip_model import ClipModel
 from tests.tiny_clip import clip_folder
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from raylign.errors import ModelError
-from rewards.geneval_detector import (
+from rewards.scenes.detector import (
     DEVIATION,
     MEAN,
     Mask2FormerConfig,

@@ -12,7 +12,7 @@ import pytest
 from raylign.errors import PromptError
 from raylign.pretrain.shape_pictures import outlines
 from raylign.types import Prompt
-from rewards.geneval_prompts import (
+from rewards.scenes.prompts import (
     EVALUATION_WEIGHTS,
     TRAINING_WEIGHTS,
     draw_task,
@@ -21,7 +21,7 @@ from rewards.geneval_prompts import (
     text_of,
     write_prompts,
 )
-from rewards.geneval_task import COCO_OBJECTS, TAGS, Clause, Exclusion, Task, parse_task
+from rewards.scenes.task import COCO_OBJECTS, TAGS, Clause, Exclusion, Task, parse_task
 from rollout.prompts import load_prompts
 
 # Lines of prompts/evaluation_metadata.jsonl, one per tag.

@@ -15,10 +15,10 @@ from raylign.errors import ConfigError, PromptError
 from raylign.pretrain.shape_pictures import Group, Scene, Shape, compose, render
 from raylign.types import Prompt, RewardSample, RewardScore
 from rewards.geneval import GenevalConfig, GenevalParams, GenevalReward, Mode
-from rewards.geneval_colour import ClipColourConfig, ClipColours, PixelColours
-from rewards.geneval_detector import Mask2FormerConfig
-from rewards.geneval_rules import Detection, geneval_accuracy
-from rewards.geneval_shapes import ShapesDetector
+from rewards.scenes.colour import ClipColourConfig, ClipColours, PixelColours
+from rewards.scenes.detector import Mask2FormerConfig
+from rewards.scenes.rules import Detection, geneval_accuracy
+from rewards.scenes.shapes import ShapesDetector
 from tests.tiny_clip import clip_folder
 from tests.unit.test_geneval_detector import tiny_folder
 

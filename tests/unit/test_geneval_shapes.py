@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from raylign.pretrain.shape_pictures import Group, Scene, Shape, compose, outlines, render
-from rewards.geneval_colour import PixelColours
-from rewards.geneval_prompts import draw_task
-from rewards.geneval_rules import clean, flow_grpo, official, relations, select, threshold_of
-from rewards.geneval_shapes import ShapesDetector, _blobs, _fits
-from rewards.geneval_task import TAGS, Clause, Tag, Task
+from rewards.scenes.colour import PixelColours
+from rewards.scenes.prompts import draw_task
+from rewards.scenes.rules import clean, flow_grpo, official, relations, select, threshold_of
+from rewards.scenes.shapes import ShapesDetector, _blobs, _fits
+from rewards.scenes.task import TAGS, Clause, Tag, Task
 
 DETECTOR, COLOURS = ShapesDetector(), PixelColours()
 SCENES_PER_TAG = 10

@@ -9,7 +9,7 @@ import pytest
 
 from raylign.errors import PromptError
 from raylign.types import Prompt
-from rewards.geneval_task import COCO_OBJECTS, COLOURS, Clause, Exclusion, Task, parse_task
+from rewards.scenes.task import COCO_OBJECTS, COLOURS, Clause, Exclusion, Task, parse_task
 
 DOG = {"class": "dog", "count": 1}
 

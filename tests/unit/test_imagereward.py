@@ -9,8 +9,8 @@ import torch
 
 from raylign.errors import ModelError
 from raylign.types import Prompt, RewardSample
-from rewards.blip import MAX_TOKENS
 from rewards.imagereward import ImageRewardConfig, ImageRewardReward
+from rewards.vision.blip import MAX_TOKENS
 from tests.reward_cases.learned import IMAGEREWARD as CONFIG
 from tests.tiny_blip import SIDE, WORDS, Reference, imagereward_state
 

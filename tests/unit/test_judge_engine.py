@@ -25,10 +25,10 @@ from pydantic import ValidationError
 from raylign.config import load_config
 from raylign.errors import ConfigError, ModelError
 from raylign.types import RewardFailure
-from rewards.judge_engine import JudgeMessage, JudgeReply, JudgeRequest, LabelLogprobs, TokenAlternatives
-from rewards.judge_text import check_labels, content_tokens, shown_name, split_thinking, sum_labels
-from rewards.judges import DecisionEngineConfig, OpenAIEngineConfig, make_engine
-from rewards.openai_engine import OpenAIEngine, chat_body
+from rewards.judging.chat_text import check_labels, content_tokens, shown_name, split_thinking, sum_labels
+from rewards.judging.engine import JudgeMessage, JudgeReply, JudgeRequest, LabelLogprobs, TokenAlternatives
+from rewards.judging.engines import DecisionEngineConfig, OpenAIEngineConfig, make_engine
+from rewards.judging.openai_engine import OpenAIEngine, chat_body
 from rewards.retry import RetryPolicy
 from services.reward_config import RewardServerConfig
 

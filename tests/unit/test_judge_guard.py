@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from rewards.judge_guard import delimit, hollow, sanitise
+from rewards.judging.guard import delimit, hollow, sanitise
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from raylign.errors import ModelError, PromptError
 from raylign.types import Prompt, RewardSample
 from rewards.aesthetic import AestheticConfig, AestheticReward
-from rewards.clip_model import ClipModel
 from rewards.clip_score import ClipScoreConfig, ClipScoreReward
 from rewards.hps import HpsConfig, HpsReward, letterbox
-from rewards.learned import HEAD_WIDTHS
 from rewards.pickscore import PickScoreConfig, PickScoreReward
+from rewards.vision.clip_model import ClipModel
+from rewards.vision.learned import HEAD_WIDTHS
 from tests.reward_cases.learned import AESTHETIC, CLIP_SCORE, HPS, PICKSCORE, aesthetic_file, pictures
 from tests.tiny_clip import CONTEXT, clip_folder, head_state
 

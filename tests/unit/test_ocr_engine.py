@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from raylign.types import Prompt, RewardSample
 from rewards import OcrConfig, OcrReward
-from rewards.ocr_engine import LineReader, PageReader, make_engine
+from rewards.reading.engine import LineReader, PageReader, make_engine
 
 WORDS = """APPLE BREAD CHAIR DANCE EAGLE FLAME GRAPE HOUSE IVORY JOKER KNIFE LEMON MOUSE NIGHT OCEAN PIANO QUEEN RIVER
 SUGAR TIGER UNCLE VOICE WATER XENON YOUTH ZEBRA ANT BOX CAT DOG EGG FIG GUN HAT INK JAM KEY LOG MAP NUT OAK PEN 123

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from raylign.errors import ConfigError
-from rewards.ocr_engine import make_engine
+from rewards.reading.engine import make_engine
 
 IMAGE_HWC = np.zeros((4, 8, 3), np.uint8)
 IMAGE_HWC[:, :, 0] = 200

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from raylign.errors import ConfigError, ModelError
 from rewards import OcrConfig, OcrReward
-from rewards.ocr_tesseract import TesseractReader
-from rewards.ocr_text import normalise_clean
+from rewards.reading.similarity import normalise_clean
+from rewards.reading.tesseract import TesseractReader
 
 FONT = Path(__file__).parents[2] / "raylign" / "assets" / "fonts" / "DejaVuSansMono-Bold.ttf"
 GREY = np.full((40, 120, 3), 128, np.uint8)

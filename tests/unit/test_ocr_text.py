@@ -2,7 +2,7 @@
 
 import pytest
 
-from rewards.ocr_text import (
+from rewards.reading.similarity import (
     clean_similarity,
     edit_distance,
     exact,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raylign.errors import ModelError
-from rewards.clip_model import ClipModel
+from rewards.vision.clip_model import ClipModel
 from tests.tiny_clip import CONTEXT, SIDE, clip_folder, tokenizer
 from tests.tiny_open_clip import OpenClip, random_open_clip
 

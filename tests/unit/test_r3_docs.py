@@ -8,8 +8,8 @@ import pytest
 from pydantic import TypeAdapter
 
 from rewards import RewardConfig, RewardUnion
-from rewards.r3_judge import R3Config
-from rewards.rubrics import Rubric
+from rewards.judging.r3_judge import R3Config
+from rewards.judging.rubrics import Rubric
 from rewards.vlm_judge import VlmJudgeConfig
 
 DOCS = Path(__file__).parents[2] / "docs" / "rewards"

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from rewards.judge_engine import JudgeReply
-from rewards.r3_parse import NoVerdict, Verdict, parse_content, parse_reply
+from rewards.judging.engine import JudgeReply
+from rewards.judging.r3_parse import NoVerdict, Verdict, parse_content, parse_reply
 
 GOOD = '{"explanation": "ok", "score": 4}'
 GOLDEN = [

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from rewards.r3_prompts import Question, answer_schema, messages, mr3_prompts, option_order, r3_prompt
+from rewards.judging.r3_prompts import Question, answer_schema, messages, mr3_prompts, option_order, r3_prompt
 
 POINT = Question("T", "I", ("R",), dict(zip("12345", "abcde", strict=True)))
 PAIR = Question("T", "I", ("R1", "R2"), {"Response 1": "a", "Response 2": "b"})
@@ -57,7 +57,7 @@ def test_the_order_of_options_depends_on_the_key_and_on_nothing_else() -> None:
     assert {frozenset(order) for order in orders} == {frozenset(labels)}
     assert 60 < orders.count(("Assistant A", "Assistant B")) < 140
     code = (
-        "from rewards.r3_prompts import option_order;"
+        "from rewards.judging.r3_prompts import option_order;"
         "print([option_order(['Assistant A', 'Assistant B'], f'row {i}')[0][-1] for i in range(20)])"
     )
     elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

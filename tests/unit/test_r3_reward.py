@@ -15,10 +15,10 @@ from raylign.config import parse_config
 from raylign.errors import ConfigError, PromptError
 from raylign.types import Prompt, RewardFailure, RewardSample, RewardScore
 from rewards.base import HasCanaries, ScoresGroups, TakesParams, score_totally
-from rewards.judge_engine import JudgeReply, JudgeRequest, TokenAlternatives
+from rewards.judging.engine import JudgeReply, JudgeRequest, TokenAlternatives
+from rewards.judging.r3_judge import R3Config
+from rewards.judging.rubrics import Rubric
 from rewards.r3 import R3Params, R3Reward
-from rewards.r3_judge import R3Config
-from rewards.rubrics import Rubric
 from tests.reward_cases.judges import QUESTION, ScriptedEngine, bits, pictures, said, texts, verdict
 
 RUBRIC = {"score_1": "a", "score_2": "b", "score_3": "c", "score_4": "d", "score_5": "e"}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from raylign.errors import ConfigError
-from rewards.rubrics import library, library_rubric, load_rubric, principle_rubric
+from rewards.judging.rubrics import library, library_rubric, load_rubric, principle_rubric
 
 
 def test_the_library_covers_pictures_reasoning_and_code_in_every_mode() -> None:

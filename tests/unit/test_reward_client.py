@@ -272,9 +272,7 @@ def test_a_failure_can_mask_its_sample_drop_its_group_or_raise() -> None:
 
 def test_a_client_can_be_made_to_raise() -> None:
     broken = RewardSample("broken", Prompt("p", ""), text="a")
-    with pytest.raises(
-        RewardError, match=r"1 of 2 samples .* 'broken': reward 'length': invalid_input: "
-    ):
+    with pytest.raises(RewardError, match=r"1 of 2 samples .* 'broken': reward 'length': invalid_input: "):
         _through(lambda client: client.score([*_texts("a"), broken]), on_failure="raise")
 
 

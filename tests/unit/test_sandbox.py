@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from raylign.errors import ConfigError
-from rewards.child_process import ChildError, ChildTimeoutError, ChildTooLoudError
-from rewards.sandbox import Limits, Sandbox, SandboxError
-from rewards.sandbox_child import OpaqueError, called_names, decode, encode
+from rewards.isolation.child_process import ChildError, ChildTimeoutError, ChildTooLoudError
+from rewards.isolation.sandbox import Limits, Sandbox, SandboxError
+from rewards.isolation.sandbox_child import OpaqueError, called_names, decode, encode
 
 LIMITS = Limits(memory_bytes=256 * 2**20, workdir_bytes=8 * 2**20, file_bytes=4 * 2**20, num_processes=4)
 
@@ -184,7 +184,7 @@ def test_sandboxes_do_not_share_a_folder_or_a_limit(sandbox: Sandbox) -> None:
 
 def test_without_an_engine_it_is_refused_or_unsafe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
-    from rewards import sandbox as module
+    from rewards.isolation import sandbox as module
 
     module._problem.cache_clear()
     try:

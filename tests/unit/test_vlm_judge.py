@@ -12,8 +12,8 @@ from raylign.config import parse_config
 from raylign.errors import ConfigError, PromptError
 from raylign.types import Prompt, RewardFailure, RewardSample, RewardScore
 from rewards.base import HasCanaries, ScoresGroups, TakesParams, score_totally
-from rewards.judge_engine import JudgeReply, JudgeRequest, LabelLogprobs
-from rewards.judge_template import library, load_template
+from rewards.judging.engine import JudgeReply, JudgeRequest, LabelLogprobs
+from rewards.judging.template import library, load_template
 from rewards.vlm_judge import VlmJudgeConfig, VlmJudgeParams, VlmJudgeReward
 from tests.reward_cases.judges import ScriptedEngine, label_logprobs, pictures, said
 

@@ -8,9 +8,9 @@ import pytest
 
 from raylign.types import Prompt, RewardSample, RewardScore
 from rewards.base import score_totally
-from rewards.judges import DecisionEngineConfig
+from rewards.judging.engines import DecisionEngineConfig
+from rewards.judging.r3_judge import R3Config
 from rewards.r3 import R3Reward
-from rewards.r3_judge import R3Config
 from rewards.vlm_judge import VlmJudgeConfig, VlmJudgeReward
 from tests.tiny_judges import write_llava_judge, write_text_judge
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rewards.child_process import Child, ChildEndedError, ChildTimeoutError, ChildTooLoudError
-from rewards.worker_pool import WorkerDiedError, WorkerPool, WorkerTimeoutError
+from rewards.isolation.child_process import Child, ChildEndedError, ChildTimeoutError, ChildTooLoudError
+from rewards.isolation.worker_pool import WorkerDiedError, WorkerPool, WorkerTimeoutError
 
 WORKER = """
 import json, os, signal, sys, time
@@ -104,7 +104,7 @@ def test_workers_serve_threads_side_by_side(command: list[str]) -> None:
 def test_no_worker_outlives_a_killed_owner(command: list[str]) -> None:
     owner_code = textwrap.dedent(f"""
         import threading, time
-        from rewards.worker_pool import WorkerPool
+        from rewards.isolation.worker_pool import WorkerPool
         idle, busy = WorkerPool({command!r}, 1), WorkerPool({command!r}, 1)
         print(idle.call({{}}, 5)["pid"], busy.call({{}}, 5)["pid"], flush=True)
         busy.call({{"sleep_s": 60}}, 0.5)  # bounds itself at twice that

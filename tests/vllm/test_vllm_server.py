@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 
 from raylign.types import Prompt, RewardFailure, RewardSample
-from rewards.judge_engine import JudgeMessage, JudgeReply, JudgeRequest, LabelLogprobs
-from rewards.judges import DecisionEngineConfig, OpenAIEngineConfig, make_engine
-from rewards.openai_engine import OpenAIEngine
+from rewards.judging.engine import JudgeMessage, JudgeReply, JudgeRequest, LabelLogprobs
+from rewards.judging.engines import DecisionEngineConfig, OpenAIEngineConfig, make_engine
+from rewards.judging.openai_engine import OpenAIEngine
+from rewards.judging.r3_judge import R3Config
 from rewards.r3 import R3Reward
-from rewards.r3_judge import R3Config
 from rewards.vlm_judge import VlmJudgeConfig, VlmJudgeReward
 from tests.judge_servers import JudgeServer, free_port, judge_server
 from tests.tiny_judges import write_qwen_vl_judge, write_text_judge

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raylign.errors import ModelError
-from rewards import checkpoints
-from rewards.clip_model import quiet
-from rewards.learned import LinearHead
+from rewards.vision import checkpoints
+from rewards.vision.clip_model import quiet
+from rewards.vision.learned import LinearHead
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,7 +1,7 @@
 """The questions that a judge of pictures is asked, as versioned data.
 
-A template is one TOML file in `rewards/judge_templates/`. Every one holds `{caption}`: a judge that does not know what
-was asked for rates beauty and calls it alignment.
+A template is one TOML file in `rewards/judging/templates/`. Every one holds `{caption}`: a judge that does not know
+what was asked for rates beauty and calls it alignment.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from raylign.types import JsonValue
-from rewards.judge_engine import JudgeMessage
-from rewards.judge_guard import sanitise
-from rewards.judge_marks import HIGHEST, LOWEST, REASONING
-from rewards.library import Entry, find, read_entry, read_folder
+from rewards.judging.engine import JudgeMessage
+from rewards.judging.guard import sanitise
+from rewards.judging.library import Entry, find, read_entry, read_folder
+from rewards.judging.marks import HIGHEST, LOWEST, REASONING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,7 +72,7 @@ class JudgeTemplate(Entry):
 @cache
 def library() -> Mapping[str, JudgeTemplate]:
     """The templates that come with the package, by name."""
-    return read_folder("judge_templates", JudgeTemplate)
+    return read_folder("templates", JudgeTemplate)
 
 
 def library_template(name: str) -> JudgeTemplate:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from rewards.geneval_task import RELATIONS, TAGS, Clause, Relation, Tag, Task
+from rewards.scenes.task import RELATIONS, TAGS, Clause, Relation, Tag, Task
 
 if TYPE_CHECKING:
     import numpy.typing as npt

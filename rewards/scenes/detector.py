@@ -23,9 +23,9 @@ import numpy as np
 
 from raylign.config import Config
 from raylign.errors import ModelError
-from rewards import checkpoints
-from rewards.geneval_rules import Detection, box_of
-from rewards.geneval_task import COCO_OBJECTS
+from rewards.scenes.rules import Detection, box_of
+from rewards.scenes.task import COCO_OBJECTS
+from rewards.vision import checkpoints
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raylign.errors import ModelError
-from rewards import checkpoints, open_clip
+from rewards.vision import checkpoints, open_clip
 
 if TYPE_CHECKING:
     import numpy as np

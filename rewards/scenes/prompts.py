@@ -17,7 +17,7 @@ import numpy as np
 from raylign.errors import PromptError
 from raylign.keys import derive_seed
 from raylign.types import Prompt
-from rewards.geneval_task import COCO_OBJECTS, COLOURS, RELATIONS, Clause, Exclusion, Tag, Task, parse_task
+from rewards.scenes.task import COCO_OBJECTS, COLOURS, RELATIONS, Clause, Exclusion, Tag, Task, parse_task
 
 EVALUATION_WEIGHTS: Mapping[Tag, float] = {
     "single_object": 0.8,

@@ -6,9 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rewards.decision_engine import DecisionEngine, DecisionEngineConfig
-from rewards.judge_engine import JudgeEngine
-from rewards.openai_engine import OpenAIEngine, OpenAIEngineConfig
+from rewards.judging.decision_engine import DecisionEngine, DecisionEngineConfig
+from rewards.judging.engine import JudgeEngine
+from rewards.judging.openai_engine import OpenAIEngine, OpenAIEngineConfig
 
 EngineUnion = Annotated[OpenAIEngineConfig | DecisionEngineConfig, Field(discriminator="type")]
 ENGINES = {

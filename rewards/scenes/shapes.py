@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from raylign.config import Config
-from rewards import checkpoints
-from rewards.geneval_rules import Detection, box_of
+from rewards.scenes.rules import Detection, box_of
+from rewards.vision import checkpoints
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -10,14 +10,14 @@ from pydantic import Field, model_validator
 
 from raylign.types import RewardFailure
 from rewards.base import RewardConfig
-from rewards.judge_draws import ask_until_usable
-from rewards.judge_engine import JudgeEngine, JudgeReply, JudgeRequest
-from rewards.judge_guard import delimit, sanitise
-from rewards.judge_probability import SoftMark, soft_mark
-from rewards.judges import EngineUnion, OpenAIEngineConfig
-from rewards.r3_parse import HalfScores, NoVerdict, Verdict, parse_reply
-from rewards.r3_prompts import Layout, Mode, Question, answer_schema, messages, option_order
-from rewards.rubrics import Rubric
+from rewards.judging.draws import ask_until_usable
+from rewards.judging.engine import JudgeEngine, JudgeReply, JudgeRequest
+from rewards.judging.engines import EngineUnion, OpenAIEngineConfig
+from rewards.judging.guard import delimit, sanitise
+from rewards.judging.probability import SoftMark, soft_mark
+from rewards.judging.r3_parse import HalfScores, NoVerdict, Verdict, parse_reply
+from rewards.judging.r3_prompts import Layout, Mode, Question, answer_schema, messages, option_order
+from rewards.judging.rubrics import Rubric
 
 if TYPE_CHECKING:
     import numpy as np

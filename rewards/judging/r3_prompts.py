@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from raylign.types import JsonValue
-from rewards.judge_engine import JudgeMessage
+from rewards.judging.engine import JudgeMessage
 
 if TYPE_CHECKING:
     import numpy as np

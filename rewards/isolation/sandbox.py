@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raylign.errors import ConfigError
-from rewards.child_process import Child, ChildError
-from rewards.sandbox_child import READY
+from rewards.isolation.child_process import Child, ChildError
+from rewards.isolation.sandbox_child import READY
 
 Engine = Literal["bubblewrap", "unshare", "unsafe"]
 START_TIMEOUT_S = 20.0

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat
 
-from rewards.judge_engine import JudgeReply, TokenAlternatives
-from rewards.judge_text import content_tokens, shown_name, split_thinking
+from rewards.judging.chat_text import content_tokens, shown_name, split_thinking
+from rewards.judging.engine import JudgeReply, TokenAlternatives
 
 Logprob = Annotated[FiniteFloat, Field(le=1e-3)]
 """A log-probability; servers compute it in low precision and may land a hair above 0."""

@@ -13,14 +13,15 @@ from pydantic import Field
 
 from raylign.errors import PromptError
 from raylign.types import JsonValue, Prompt, RewardSample, RewardScore
-from rewards import base, checkpoints
+from rewards import base
 from rewards.base import Reward, RewardConfig
+from rewards.vision import checkpoints
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from rewards.clip_model import ClipModel
+    from rewards.vision.clip_model import ClipModel
 
 HEAD_WIDTHS = (1024, 128, 64, 16, 1)
 """Outputs of the five linear layers that turn a vector into a score, in ImageReward and the aesthetic predictor."""

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raylign.types import JsonValue
-from rewards.child_process import Child, ChildEndedError, ChildError, ChildTimeoutError
+from rewards.isolation.child_process import Child, ChildEndedError, ChildError, ChildTimeoutError
 
 START_TIMEOUT_S = 120.0
 """Longest wait for a worker's imports."""

@@ -1,7 +1,7 @@
 """Rubrics as versioned data: what a judge is to look at, and what each verdict means.
 
-A rubric is one TOML file in `rewards/rubrics/`. A change that may change a score raises its `version`, which is part
-of the reward's version; what it had been stays in the history of the file.
+A rubric is one TOML file in `rewards/judging/rubric_files/`. A change that may change a score raises its `version`,
+which is part of the reward's version; what it had been stays in the history of the file.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pydantic import Field, model_validator
 
 from raylign.config import Config
 from raylign.errors import ConfigError
-from rewards.library import Entry, find, read_entry, read_folder
-from rewards.r3_prompts import PAIR_LABELS, Layout, Mode
+from rewards.judging.library import Entry, find, read_entry, read_folder
+from rewards.judging.r3_prompts import PAIR_LABELS, Layout, Mode
 
 
 class PointCriteria(Config):
@@ -118,7 +118,7 @@ def principle_rubric(principle: str) -> Rubric:
 @cache
 def library() -> Mapping[str, Rubric]:
     """The rubrics that come with the package, by name."""
-    return read_folder("rubrics", Rubric)
+    return read_folder("rubric_files", Rubric)
 
 
 def library_rubric(name: str) -> Rubric:

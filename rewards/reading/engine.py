@@ -10,8 +10,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from raylign.errors import ConfigError
-from rewards.ocr_paddle import PaddleReader
-from rewards.ocr_tesseract import TesseractReader
+from rewards.reading.paddle import PaddleReader
+from rewards.reading.tesseract import TesseractReader
 
 if TYPE_CHECKING:
     import numpy as np

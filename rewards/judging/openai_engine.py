@@ -25,9 +25,9 @@ from raylign.config import Config
 from raylign.errors import ConfigError, ModelError
 from raylign.types import JsonValue, RewardFailure
 from rewards.images import encode_png
-from rewards.judge_engine import JudgeMessage, JudgeReply, JudgeRequest, LabelLogprobs
-from rewards.judge_text import check_labels, spellings, sum_labels
-from rewards.openai_wire import ChatAnswer, Model, ModelList, Tokens, listed_tokens, lists_as_many, reply_of
+from rewards.judging.chat_text import check_labels, spellings, sum_labels
+from rewards.judging.engine import JudgeMessage, JudgeReply, JudgeRequest, LabelLogprobs
+from rewards.judging.openai_wire import ChatAnswer, Model, ModelList, Tokens, listed_tokens, lists_as_many, reply_of
 from rewards.retry import RetryPolicy, post_with_retries
 
 logger = logging.getLogger(__name__)

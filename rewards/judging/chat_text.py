@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rewards.judge_engine import TokenAlternatives
+    from rewards.judging.engine import TokenAlternatives
 
 THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rewards.judge_engine import JudgeReply
-from rewards.judge_json import final_object
-from rewards.judge_text import THINK_CLOSE, THINK_OPEN, split_thinking
-from rewards.r3_prompts import PAIR_LABELS, Layout, Mode
+from rewards.judging.chat_text import THINK_CLOSE, THINK_OPEN, split_thinking
+from rewards.judging.engine import JudgeReply
+from rewards.judging.r3_prompts import PAIR_LABELS, Layout, Mode
+from rewards.judging.verdict_json import final_object
 
 HalfScores = Literal["reject", "down", "up"]
 _LOWEST, _HIGHEST = 1, 5

@@ -30,7 +30,7 @@ EntryT = TypeVar("EntryT", bound=Entry)
 
 def read_folder(folder: str, cls: type[EntryT]) -> Mapping[str, EntryT]:
     """Every entry of a folder of this package, by name."""
-    paths = [Path(str(file)) for file in resources.files("rewards").joinpath(folder).iterdir()]
+    paths = [Path(str(file)) for file in resources.files("rewards.judging").joinpath(folder).iterdir()]
     entries = [read_entry(path, cls) for path in sorted(paths) if path.suffix == ".toml"]
     return {entry.name: entry for entry in entries}
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rewards.judge_engine import TokenAlternatives
+from rewards.judging.engine import TokenAlternatives
 
 _SCORE_KEY = re.compile(r'"score"\s*:\s*"?\s*')
 _MARK = re.compile(r'[\s":]*([1-5])[\s",}]*')

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from raylign.types import RewardFailure
-from rewards.judge_engine import JudgeEngine, JudgeReply, JudgeRequest
+from rewards.judging.engine import JudgeEngine, JudgeReply, JudgeRequest
 
 _NUM_SEEDS = 2**31
 AnswerT = TypeVar("AnswerT")

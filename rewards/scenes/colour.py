@@ -10,9 +10,9 @@ import numpy as np
 from pydantic import Field
 
 from raylign.config import Config
-from rewards import checkpoints
-from rewards.geneval_rules import Detection
-from rewards.geneval_task import COLOURS
+from rewards.scenes.rules import Detection
+from rewards.scenes.task import COLOURS
+from rewards.vision import checkpoints
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -111,7 +111,7 @@ class ClipColours:
     """Zero-shot: per class and colour the mean of the three sentences' unit vectors, brought to length 1."""
 
     def __init__(self, config: ClipColourConfig) -> None:
-        from rewards.clip_model import ClipModel
+        from rewards.vision.clip_model import ClipModel
 
         self._clip = ClipModel(config.path, config.device, config.dtype, batch_size=config.batch_size)
         self._classifiers: dict[str, npt.NDArray[np.float32]] = {}

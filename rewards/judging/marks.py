@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from raylign.types import JsonValue, RewardFailure
-from rewards.judge_engine import JudgeReply
-from rewards.judge_json import final_object
-from rewards.judge_text import THINK_CLOSE, THINK_OPEN, split_thinking
+from rewards.judging.chat_text import THINK_CLOSE, THINK_OPEN, split_thinking
+from rewards.judging.engine import JudgeReply
+from rewards.judging.verdict_json import final_object
 
 REASONING = "reasoning"
 LOWEST, HIGHEST = 1, 5

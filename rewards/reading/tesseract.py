@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raylign.errors import ConfigError, ModelError
-from rewards import checkpoints
+from rewards.vision import checkpoints
 
 if TYPE_CHECKING:
     import numpy as np

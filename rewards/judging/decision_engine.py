@@ -22,8 +22,8 @@ from pydantic import Field
 from raylign.config import Config
 from raylign.errors import ConfigError, ModelError
 from raylign.types import RewardFailure
-from rewards.judge_engine import JudgeMessage, JudgeReply, JudgeRequest, LabelLogprobs
-from rewards.judge_text import canonical, check_labels, shown_name, split_thinking
+from rewards.judging.chat_text import canonical, check_labels, shown_name, split_thinking
+from rewards.judging.engine import JudgeMessage, JudgeReply, JudgeRequest, LabelLogprobs
 
 if TYPE_CHECKING:
     import numpy as np

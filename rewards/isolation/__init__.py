@@ -1,0 +1,1 @@
+"""Code and mathematics of strangers in processes that can be killed."""

@@ -1,0 +1,1 @@
+"""What judges are made of: engines, prompts, rubrics, reading of answers, comparisons, canaries."""

@@ -1,0 +1,1 @@
+"""GenEval's protocol: tasks, prompts, detectors, colours, rules."""

@@ -1,0 +1,1 @@
+"""Checkpoints of CLIP and BLIP, and what the learned picture rewards share."""
