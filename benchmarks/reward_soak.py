@@ -40,6 +40,7 @@ NUM_CLIENTS = 8
 NUM_PICTURES = 400
 CANCEL_SHARE = 0.1
 KILL_EVERY_S = 60.0
+REMEMBERED_S = 5.0
 
 
 class Redis:
@@ -194,7 +195,9 @@ async def soak(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole thing."""
     source, tally = random.Random(arguments.seed), Tally()
     with _redis() as redis:
-        cache = {"cache": {"type": "redis", "url": f"redis://127.0.0.1:{redis.port}/0"}}
+        url = f"redis://127.0.0.1:{redis.port}/0"
+        # Forgotten soon, so that hits, misses and replicas are all at work the whole time.
+        cache = {"cache": {"type": "redis", "url": url, "ttl_s": REMEMBERED_S}}
         with raylign_service(REWARDS, cache) as (url, pid):
             clients = Clients(url, arguments.hang_s, tally, source)
             await clients.prepare()
