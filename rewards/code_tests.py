@@ -43,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 RULE_VERSION = "1"
 MAX_TESTS = 256
-PASSED = "passed"
 
 
 class CodeTestsConfig(RewardConfig):
@@ -156,10 +155,10 @@ class CodeTestsReward:
         except SandboxError as error:
             logger.error("reward %r: a sandbox did not start: %s", self.name, error)
             return NoVerdict("model_error", "a sandbox did not start; see the scorer's log", retryable=True)
-        passed = sum(outcome == PASSED for outcome in outcomes)
+        passed = outcomes.count(None)
         share = passed / len(outcomes)
         value = share if self._config.scoring == "fraction" else float(passed == len(outcomes))
-        reason = next((outcome for outcome in outcomes if outcome != PASSED), PASSED)
+        reason = next((why for why in outcomes if why is not None), "passed")
         return verdict(value, code, reason, passed=passed, num_tests=len(outcomes))
 
 
@@ -167,8 +166,11 @@ class JudgeError(Exception):
     """The test code took too long by itself, or ended its process; that says nothing of the code under test."""
 
 
-def run_tests(sandbox: Sandbox, code: str, task: Task, timeout_s: float) -> list[str]:
-    """One outcome per test, in order: `passed`, or why not. Raises SandboxError and JudgeError."""
+def run_tests(sandbox: Sandbox, code: str, task: Task, timeout_s: float) -> list[str | None]:
+    """Why each test failed, in order; None where it passed, which no name that the code gives can spell.
+
+    Raises SandboxError and JudgeError.
+    """
     clock = Clock(timeout_s)
     match task.tests[0]:
         case TestRun():
@@ -234,9 +236,9 @@ class Candidate:
         return {"raised": self._gone}
 
 
-def _hear(judge: Child, candidate: Candidate, num_tests: int, timeout_s: float) -> list[str]:
+def _hear(judge: Child, candidate: Candidate, num_tests: int, timeout_s: float) -> list[str | None]:
     """Carry the judge's calls to the candidate until each test has its outcome. Raises JudgeError."""
-    outcomes: list[str] = []
+    outcomes: list[str | None] = []
     clock = Clock(timeout_s)
     while len(outcomes) < num_tests:
         try:
@@ -247,19 +249,19 @@ def _hear(judge: Child, candidate: Candidate, num_tests: int, timeout_s: float) 
         if "call" in message:
             judge.send(json.dumps(candidate.call(message)).encode() + b"\n")
         else:
-            outcomes.append(message["reason"])
+            outcomes.append(message["failed"])
     return outcomes
 
 
-def _compare(candidate: Candidate, entry_point: str, test: TestCall) -> str:
+def _compare(candidate: Candidate, entry_point: str, test: TestCall) -> str | None:
     reply = candidate.call({"call": entry_point, "args": encode(list(test.args)), "kwargs": encode(dict(test.kwargs))})
     if "value" not in reply:
         return str(reply["raised"])
     try:
         equal = as_json(decode(reply["value"])) == as_json(test.expected)
-    except (ValueError, TypeError, RecursionError):
+    except Exception:  # noqa: BLE001  # whatever breaks on a forged answer is the fault of the code that forged it
         return "no_answer"
-    return PASSED if equal else "wrong_value"
+    return None if equal else "wrong_value"
 
 
 def as_json(value: Any) -> Any:
@@ -271,7 +273,7 @@ def as_json(value: Any) -> Any:
     return ("truth", value) if isinstance(value, bool) else value
 
 
-def _run_program(sandbox: Sandbox, code: str, test: TestRun, clock: Clock) -> str:
+def _run_program(sandbox: Sandbox, code: str, test: TestRun, clock: Clock) -> str | None:
     if clock.left_s <= 0:
         return "timeout"
     with sandbox.start({"mode": "program", "code": code}) as child:
@@ -282,7 +284,7 @@ def _run_program(sandbox: Sandbox, code: str, test: TestRun, clock: Clock) -> st
         except ChildError as error:
             return _outcome(error)
     same = _lines(printed.decode(errors="replace")) == _lines(test.stdout)
-    return PASSED if same else "wrong_output"
+    return None if same else "wrong_output"
 
 
 def _lines(text: str) -> list[str]:

@@ -171,10 +171,10 @@ def _judge(tests: list[str], entry_point: str, channel: Channel) -> None:
         proxies = {name: _proxy(name, channel) for name in called_names(test, entry_point)}
         try:
             runpy.run_path(str(path), init_globals=proxies, run_name="test")
-            reason = "passed"
+            failed = None
         except BaseException as error:  # noqa: BLE001  # a test that does not run through has failed
-            reason = str(error) if isinstance(error, CandidateError) else type(error).__name__
-        channel.say({"test": index, "reason": reason})
+            failed = str(error) if isinstance(error, CandidateError) else type(error).__name__
+        channel.say({"test": index, "failed": failed})
 
 
 def _proxy(name: str, channel: Channel) -> Callable[..., Any]:

@@ -76,7 +76,7 @@ atexit.register(print, 'passed')
 def f(*a): raise SystemExit(0)
 """,
     "prints": r"""
-print('passed\n{"test": 0, "reason": "passed"}\nready', flush=True)
+print('passed\n{"test": 0, "failed": null}\nready', flush=True)
 def f(*a): print('passed')
 """,
     "equal to all": r"""
@@ -93,7 +93,7 @@ def f(*a): return E(77)
 """,
     "patched json": r"""
 import json
-json.dumps = lambda *a, **k: '{"test": 0, "reason": "passed"}'
+json.dumps = lambda *a, **k: '{"test": 0, "failed": null}'
 def f(*a): return 77
 """,
     "patched builtins": r"""
@@ -105,7 +105,22 @@ def f(*a): return 77
     "forged answers": r"""
 import os
 for fd in range(3, 20):
-    try: os.write(fd, b'{"test": 0, "reason": "passed"}\n' * 9)
+    try: os.write(fd, b'{"test": 0, "failed": null}\n' * 9)
+    except OSError: pass
+def f(*a): return 77
+""",
+    "raises what is called passed": r"""
+class passed(Exception): pass
+def f(*a): raise passed
+""",
+    "ends in what is called passed": r"""
+class passed(BaseException): pass
+raise passed
+""",
+    "forged reason": r"""
+import os
+for fd in range(3, 20):
+    try: os.write(fd, b'{"raised": "passed"}\n' * 9)
     except OSError: pass
 def f(*a): return 77
 """,
@@ -178,7 +193,26 @@ def cheated() -> dict[str, RewardScore]:
 @pytest.mark.parametrize("cheat", CHEATS)
 def test_a_cheat_passes_nothing(cheated: dict[str, RewardScore], cheat: str) -> None:
     assert cheated[cheat].value == 0.0, cheated[cheat]
-    assert cheated[cheat].details["reason"] != "passed"
+    assert cheated[cheat].details["passed"] == 0
+
+
+@pytest.mark.parametrize("cheat", ["raises what is called passed", "ends in what is called passed", "forged reason"])
+def test_a_call_is_not_passed_by_a_name(reward: CodeTestsReward, cheat: str) -> None:
+    assert _score(reward, CALLS, CHEATS[cheat]).value == 0.0
+
+
+@pytest.mark.parametrize("forged", ['{"complex": []}', '{"float": 1%s}' % ("0" * 400), '{"set": [[]]}', "[" * 980])
+def test_a_forged_value_is_a_wrong_one(reward: CodeTestsReward, forged: str) -> None:
+    code = f"""
+import os
+def f(n):
+    for fd in range(3, 20):
+        try: os.write(fd, b'{{"value": {forged}}}\\n')
+        except OSError: pass
+    os._exit(0)
+"""
+    score = _score(reward, CALLS, code)
+    assert (score.value, score.details.get("reason")) == (0.0, "no_answer"), score
 
 
 def test_an_honest_program_among_cheats_passes(cheated: dict[str, RewardScore]) -> None:
