@@ -9,7 +9,8 @@ import re
 
 OPEN, CLOSE = "<answer>", "</answer>"
 _BOXED = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([A-Za-z0-9_+-]*)[ \t]*$", re.MULTILINE)
+_FENCE = re.compile(r"^[ \t]*+```[ \t]*+([A-Za-z0-9_+-]*+)[ \t]*+$", re.MULTILINE)
+"""Possessive: giving spaces back finds no other match, but takes quadratic time to find none."""
 
 
 def last_answer(text: str) -> str | None:

@@ -65,6 +65,13 @@ def test_finding_takes_linear_time(find, piece: str) -> None:
     assert time.perf_counter() - started < 1.0
 
 
+@pytest.mark.parametrize("text", ["```" + " " * 200_000 + "!", " " * 200_000 + "!", "```" + "a" * 200_000 + "!"])
+def test_a_long_line_that_is_no_fence_takes_linear_time(text: str) -> None:
+    started = time.perf_counter()
+    assert last_code(text) is None
+    assert time.perf_counter() - started < 1.0
+
+
 def test_tags_in_order() -> None:
     tags = ("think", "answer")
     assert tags_in_order("<think>a</think><answer>b</answer>", tags) == ["think", "answer"]
