@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from raylign.types import Prompt, RewardSample
 from rewards import OcrConfig, OcrReward
-from rewards.reading.engine import LineReader, PageReader, make_engine
+from rewards.reading.engine import LineReader, OcrEngine, PageReader, make_engine
 
 WORDS = """APPLE BREAD CHAIR DANCE EAGLE FLAME GRAPE HOUSE IVORY JOKER KNIFE LEMON MOUSE NIGHT OCEAN PIANO QUEEN RIVER
 SUGAR TIGER UNCLE VOICE WATER XENON YOUTH ZEBRA ANT BOX CAT DOG EGG FIG GUN HAT INK JAM KEY LOG MAP NUT OAK PEN 123
@@ -62,6 +62,22 @@ def test_how_the_pixels_lie_in_memory_does_not_matter(line_reader: LineReader) -
     assert line_reader.read(image) == line_reader.read(np.asfortranarray(image)) == "HELLO"
 
 
+class ReadsOnce:
+    """An engine that looks at a picture the first time it is asked about it."""
+
+    def __init__(self, engine: OcrEngine) -> None:
+        self.version, self.fingerprint = engine.version, engine.fingerprint
+        self.load = engine.load
+        self._engine = engine
+        self._text_by_picture: dict[bytes, str] = {}
+
+    def read(self, image_HWC: np.ndarray) -> str:
+        key = image_HWC.tobytes()
+        if key not in self._text_by_picture:
+            self._text_by_picture[key] = self._engine.read(image_HWC)
+        return self._text_by_picture[key]
+
+
 @pytest.fixture(scope="module")
 def page_reader() -> PageReader:
     reader = make_engine("rapidocr", num_threads=1)
@@ -74,8 +90,9 @@ def test_both_modes_score_what_either_engine_reads(
     engine: Literal["rapidocr_rec", "rapidocr"], line_reader: LineReader, page_reader: PageReader
 ) -> None:
     """The picture says HELLO twice: all of a published target is there, half of it is too much in the clean mode."""
-    reader = line_reader if engine == "rapidocr_rec" else page_reader
-    picture = _render("HELLOHELLO", 80, 320, 40)
+    reader = ReadsOnce(line_reader if engine == "rapidocr_rec" else page_reader)
+    # A page is scaled until its shorter side has 736 pixels: a flat one costs four times as much as a square one.
+    picture = _render("HELLOHELLO", 80 if engine == "rapidocr_rec" else 320, 320, 40)
     samples = [RewardSample(name, Prompt(name, f'a "{name}"'), picture) for name in ("Hello", "HELLO HELLO", "xyzzy")]
     values = {
         mode: [
@@ -87,6 +104,6 @@ def test_both_modes_score_what_either_engine_reads(
 
 
 def test_a_page_is_searched_for_lines(page_reader: PageReader) -> None:
-    page = np.concatenate([_render("HELLO", 80, 320, 40), _render("WORLD", 80, 320, 40)])
+    page = np.concatenate([_render("HELLO", 80, 160, 40), _render("WORLD", 80, 160, 40)])
     assert page_reader.read(page) == "HELLOWORLD"
-    assert page_reader.read(np.full((160, 320, 3), 128, np.uint8)) == ""
+    assert page_reader.read(np.full((160, 160, 3), 128, np.uint8)) == ""
