@@ -5,9 +5,9 @@
                         ──▶ claimed in another process?         ──▶ wait for its answer, a bounded time
                         ──▶ score, remember, tell those who wait
 
-A key is the SHA-256 of everything that a score depends on: the reward's type, version and model fingerprint, the
-request's parameters, the prompt (NFC), the decoded pixels or the text, the reference, the metadata that the reward
-declares, and the seed if it draws. Only values of deterministic rewards are remembered, never failures.
+A key is the SHA-256 of everything that a score depends on: the reward's type and settings, version and model
+fingerprint, the request's parameters, the prompt (NFC), the decoded pixels or the text, the reference, the metadata
+that the reward declares, and the seed if it draws. Only values of deterministic rewards are remembered, never failures.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from raylign.types import JsonValue, RewardSample, RewardScore
 from services.reward_store import Store
 
-KEY_VERSION = 1
+KEY_VERSION = 2
 """Changes whenever the meaning of a key or the form of a value does."""
 Answer = tuple[RewardScore, ...]
 """What one key stands for: one sample's score, or those of a group whose candidates were compared."""
@@ -58,7 +58,7 @@ class Keys:
         self._pixels = [_pixels(sample) for sample in samples]
 
     def of(self, kind: str, facts: RewardFacts, params: Mapping[str, JsonValue]) -> list[str]:
-        """One key per sample for a reward of type `kind`. Raises TypeError for metadata that is not JSON."""
+        """One key per sample; `kind` is the reward's type and settings. Raises TypeError for metadata that is no JSON."""
         reward = _sha256([KEY_VERSION, kind, facts.version, facts.fingerprint, params])
         return [
             _sha256([reward, pixels, *_content(sample, facts)])

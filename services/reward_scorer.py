@@ -78,7 +78,7 @@ class HandleScorer:
         # Calls with their samples in them go over gRPC, a third faster than actor calls with references to them.
         self._by_value = {name: handle.options(_by_reference=False) for name, handle in handles.items()}
         self._timeouts_s = {config.name: service.serving(config.name).timeout_s for config in configs}
-        self._kinds = {config.name: str(getattr(config, "type", config.name)) for config in configs}
+        self._kinds = {config.name: _kind(config) for config in configs}
         self._retry_waits_s = retry_waits_s
         self._waits_when_full = waits_when_full
         store = make_store(service.cache)
@@ -236,6 +236,11 @@ def _num_bytes(samples: Sequence[RewardSample]) -> int:
     """Of pictures and texts."""
     images = (image for sample in samples for image in (sample.image_HWC, *sample.more_images_HWC) if image is not None)
     return sum(image.nbytes for image in images) + sum(len(sample.text or "") for sample in samples)
+
+
+def _kind(config: RewardConfig) -> str:
+    """The reward's type and settings. A version tells what rule and model score, not what a remote reward is asked."""
+    return config.model_dump_json(exclude={"name", "weight", "required"})
 
 
 def _facts_of(info: RewardInfo) -> RewardFacts:

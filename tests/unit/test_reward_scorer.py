@@ -13,7 +13,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from raylign.config import parse_config
 from raylign.errors import ClusterError
 from raylign.types import Prompt, RewardSample, RewardScore
-from rewards import JpegConfig, make_reward
+from rewards import JpegConfig, RemoteConfig, make_reward
 from rewards.base import RewardAsk
 from rewards.wire import RewardInfo, describe
 from services.reward_app import RewardService
@@ -179,6 +179,27 @@ def test_what_is_remembered_is_not_asked_again() -> None:
     assert asyncio.run(main()) == [(0.5, "miss"), (0.5, "hit"), (0.5, "hit"), (0.5, "hit"), (0.75, "miss")]
     assert [len(call.samples) for call in handle.calls] == [1, 1]
     assert handle.num_states == 1
+
+
+def test_rewards_share_answers_only_if_they_are_set_alike() -> None:
+    there = [
+        RemoteConfig(name="short", url="http://scorers", reward="length", params={"limit": 10}),
+        RemoteConfig(name="long", url="http://scorers", reward="length", params={"limit": 99}),
+        RemoteConfig(name="again", weight=2.0, url="http://scorers", reward="length", params={"limit": 10}),
+    ]
+    handles: Any = {
+        "short": FakeHandle("short", 0.1),
+        "long": FakeHandle("long", 0.9),
+        "again": FakeHandle("again", 0.5),
+    }
+    scorer = HandleScorer(there, handles, ServiceConfig())
+
+    async def main() -> list[tuple[float | None, str]]:
+        answers = [await scorer.score(SAMPLES[:1], [RewardAsk(config.name)]) for config in there]
+        return [(score.value, score.cache) for by_name in answers for scores in by_name.values() for score in scores]
+
+    # All three have the version that the service there tells.
+    assert asyncio.run(main()) == [(0.1, "miss"), (0.9, "miss"), (0.1, "hit")]
 
 
 def test_a_group_is_remembered_whole_if_its_candidates_are_compared() -> None:
