@@ -234,6 +234,10 @@ class R3Reward:
         """What the sample has for the judge, or `invalid_input`."""
         if not sample.prompt.text.strip():
             return RewardFailure("invalid_input", "the prompt is empty; a judge needs to know what was asked for")
+        longest = max(len(text or "") for text in (sample.prompt.text, sample.text, sample.reference))
+        if longest > self._judge.max_chars:
+            message = f"a text of {longest} characters is longer than the judge reads, {self._judge.max_chars} at most"
+            return RewardFailure("invalid_input", message)
         images = () if sample.image_HWC is None else (sample.image_HWC, *sample.more_images_HWC)
         if self.modality == "image" or images:
             problem = base.image_problem(sample)

@@ -49,7 +49,8 @@ class R3Config(RewardConfig):
     soft: bool = False
     """Point mode: the mean mark under the probabilities of 1 to 5 instead of the mark; needs log-probs."""
     low_confidence_below: float = Field(default=0.5, ge=0, le=1)
-    """Soft marks whose five labels have less probability together are flagged."""
+    """Soft marks whose five labels have less probability together are flagged. A server that constrains the answer to
+    its schema (vllm, openai) leaves no other label any, so that it flags nothing there."""
     half_scores: HalfScores = "reject"
     """What becomes of a mark such as 3.5: an unusable answer, or rounded down or up."""
     max_retries: int = Field(default=2, ge=0)
@@ -127,6 +128,8 @@ class R3Judge:
         self._task = config.task or rubric.task
         self._options = rubric.options(config.mode, config.layout)
         self._engine = engine
+        self.max_chars = BYTES_PER_TOKEN * (config.context_tokens - config.max_tokens)
+        """Of one text; a longer one cannot fit and is not even looked at."""
 
     def request(self, input_text: str, candidates: Sequence[Candidate]) -> JudgeRequest | RewardFailure:
         """What the engine is asked, or `invalid_input` when it is longer than the judge can read."""

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -124,6 +125,18 @@ def test_a_bad_sample_leaves_its_neighbours_alone() -> None:
     scores = _score(_reward(engine), _text("good"), _text("BAD"), _text(None), _text("good"))
     assert [score.value for score in scores] == [1.0, None, None, 1.0]
     assert _codes(scores) == [None, "unparseable", "invalid_input", None]
+
+
+@pytest.mark.parametrize("where", ["text", "reference", "prompt"])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_read(where: str) -> None:
+    """8 MB, cleaning which would keep the event loop for seconds."""
+    engine = ScriptedEngine(lambda _: verdict(5))
+    written = {"text": "fine", "reference": "fine", "prompt": "fine", where: "<answer>" * 2**20}
+    sample = RewardSample("s", Prompt("p", written["prompt"]), text=written["text"], reference=written["reference"])
+    started = time.perf_counter()
+    bad, good = _score(_reward(engine), sample, _text("It is 4."))
+    assert time.perf_counter() - started < 0.5
+    assert (_codes([bad]), good.value) == (["invalid_input"], 1.0)
 
 
 def test_draws_are_averaged_and_seeded_by_the_samples_seed() -> None:
