@@ -13,6 +13,7 @@ from raylign.errors import ConfigError
 from rewards.isolation.child_process import ChildError, ChildTimeoutError, ChildTooLoudError
 from rewards.isolation.sandbox import Limits, Sandbox, SandboxError
 from rewards.isolation.sandbox_child import OpaqueError, called_names, decode, encode
+from tests.processes import still_running
 
 LIMITS = Limits(memory_bytes=256 * 2**20, workdir_bytes=8 * 2**20, file_bytes=4 * 2**20, num_processes=4)
 
@@ -143,7 +144,7 @@ def test_a_fork_bomb_stays_small_and_dies(sandbox: Sandbox) -> None:
         assert int(child.read_line(10)) <= LIMITS.num_processes
         family = psutil.Process(child.pid).children(recursive=True)
         assert len(family) >= LIMITS.num_processes
-    assert psutil.wait_procs(family, timeout=5)[1] == []
+    assert still_running(family) == []
 
 
 def test_a_process_that_flees_its_session_dies_with_the_rest(sandbox: Sandbox) -> None:
@@ -164,7 +165,7 @@ def test_a_process_that_flees_its_session_dies_with_the_rest(sandbox: Sandbox) -
         assert [child.read_line(10), child.read_line(10)] == [b"fled", b"fled"]
         family = psutil.Process(child.pid).children(recursive=True)
         assert len(family) >= 3
-    assert psutil.wait_procs(family, timeout=5)[1] == []
+    assert still_running(family) == []
 
 
 def test_output_without_end_is_cut_off(sandbox: Sandbox) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from rewards.isolation.child_process import Child, ChildEndedError, ChildTimeoutError, ChildTooLoudError
 from rewards.isolation.worker_pool import WorkerDiedError, WorkerPool, WorkerTimeoutError
+from tests.processes import still_running
 
 WORKER = """
 import json, os, signal, sys, time
@@ -107,7 +108,7 @@ def test_no_worker_outlives_a_killed_owner(command: list[str]) -> None:
         from rewards.isolation.worker_pool import WorkerPool
         idle, busy = WorkerPool({command!r}, 1), WorkerPool({command!r}, 1)
         print(idle.call({{}}, 5)["pid"], busy.call({{}}, 5)["pid"], flush=True)
-        busy.call({{"sleep_s": 60}}, 0.5)  # bounds itself at twice that
+        busy.call({{"sleep_s": 60}}, 0.2)  # bounds itself at twice that
     """)
     owner = subprocess.Popen([sys.executable, "-c", owner_code], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
@@ -115,8 +116,8 @@ def test_no_worker_outlives_a_killed_owner(command: list[str]) -> None:
     owner.kill()
     owner.wait()
     owner.stdout.close()
-    gone, alive = psutil.wait_procs(workers, timeout=5)
-    assert (len(gone), alive) == (2, [])
+    assert len(workers) == 2
+    assert still_running(workers) == []
 
 
 def _child(code: str, max_bytes: int = 1000) -> Child:
@@ -157,4 +158,4 @@ def test_a_killed_child_takes_its_own_children_along() -> None:
     said = {child.read_line(5), child.read_line(5)} - {b"child"}
     grandchild = psutil.Process(int(said.pop()))
     child.kill()
-    assert psutil.wait_procs([grandchild], timeout=5)[1] == []
+    assert still_running([grandchild]) == []
