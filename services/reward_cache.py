@@ -58,7 +58,7 @@ class Keys:
         self._pixels = [_pixels(sample) for sample in samples]
 
     def of(self, kind: str, facts: RewardFacts, params: Mapping[str, JsonValue]) -> list[str]:
-        """One key per sample; `kind` is the reward's type and settings. Raises TypeError for metadata that is no JSON."""
+        """One key per sample; `kind` is the reward's type and settings. Raises TypeError for metadata not JSON."""
         reward = _sha256([KEY_VERSION, kind, facts.version, facts.fingerprint, params])
         return [
             _sha256([reward, pixels, *_content(sample, facts)])

@@ -12,13 +12,59 @@ import time
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from raylign.errors import ClusterError
 
 BIND_TIMEOUT_S = 20.0
 """How long a predecessor may still hold the port."""
+MAX_HEAD_BYTES = 2**16
+"""Longest request line and headers together. The parser itself would keep them all, before any token is looked at."""
 _BACKLOG = 1024
 _KEEP_ALIVE_S = 75
+
+
+class BoundedHeads(HttpToolsProtocol):
+    """uvicorn's protocol, which hangs up on whoever sends headers without end, or none."""
+
+    head_timeout_s = 20.0
+    """How long a new connection, and any request that has begun, may take to bring headers."""
+    _num_head_bytes = 0
+    _in_head = False
+    _hang_up: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in the base class
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_is_there()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._num_head_bytes += len(data)  # a head that begins in these bytes counts from the next
+        super().data_received(data)
+        if self._in_head and self._num_head_bytes > MAX_HEAD_BYTES:
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._num_head_bytes = True, 0
+        self._expect_head()
+
+    def on_headers_complete(self) -> None:
+        self._head_is_there()
+        super().on_headers_complete()
+
+    def _expect_head(self) -> None:
+        if self._hang_up is None:
+            self._hang_up = self.loop.call_later(self.head_timeout_s, self.transport.close)
+
+    def _head_is_there(self) -> None:
+        self._in_head = False
+        if self._hang_up is not None:
+            self._hang_up.cancel()
+            self._hang_up = None
 
 
 class HttpDoor:
@@ -37,6 +83,7 @@ class HttpDoor:
         drain_timeout_s: float,
         shared: bool = False,
         bind_timeout_s: float = BIND_TIMEOUT_S,
+        protocol: type[BoundedHeads] = BoundedHeads,
     ) -> HttpDoor:
         """Listen. `shared`: other processes of this service listen there too, and the kernel deals out connections.
 
@@ -45,6 +92,8 @@ class HttpDoor:
         listening = await _bind(host, port, shared, bind_timeout_s)
         config = uvicorn.Config(
             app,
+            http=protocol,
+            proxy_headers=False,  # whoever may name his own address has no rate
             log_config=None,
             access_log=False,
             server_header=False,
