@@ -11,7 +11,7 @@ import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 
@@ -107,6 +107,7 @@ def build_api(
     catalogue = Catalogue(rewards, make, backend.describe, limits.retry_after_s)
     slowest_s = max(limits.serving(config.name).timeout_s for config in rewards)
     scoring = _Scoring(catalogue, limits, service, slowest_s)
+    readiness = _Together(backend.ready)
     guarded = [Depends(Door(digest, limits.max_requests_per_s))]
 
     @app.post(
@@ -144,7 +145,7 @@ def build_api(
     @app.get("/v1/readyz", response_model=Readiness, responses={503: {"model": Readiness}, **refusals(500)})
     async def readyz() -> Response:
         """Whether every reward answers, and soundly; 503 says which does not and why."""
-        found = await backend.ready()
+        found = await readiness.ask()
         problems = {name: problem for name, problem in found.items() if problem}
         body = Readiness(
             ready=not problems, rewards={name: not problem for name, problem in found.items()}, problems=problems
@@ -154,6 +155,20 @@ def build_api(
     about = "Rewards for generated images and text. A failed sample has a status and no number; docs/reward_service.md."
     document(app, (ScoreRequest, ScoreGroupRequest), about, with_token=digest is not None)
     return app
+
+
+class _Together(Generic[AnswerT]):
+    """A question that everybody gets the running answer to: who may ask without a token must not fill queues."""
+
+    def __init__(self, question: Callable[[], Awaitable[AnswerT]]) -> None:
+        self._question = question
+        self._running: asyncio.Future[AnswerT] | None = None
+
+    async def ask(self) -> AnswerT:
+        """The answer that is on its way, else a new one; raises what the question raises."""
+        if self._running is None or self._running.done():
+            self._running = asyncio.ensure_future(self._question())
+        return await asyncio.shield(self._running)  # one who leaves takes it from nobody else
 
 
 class _Scoring:

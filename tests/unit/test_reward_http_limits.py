@@ -79,6 +79,30 @@ def test_a_full_house_is_a_503_and_empties_again() -> None:
     assert "full" in refused(answers[2], 503)
 
 
+def test_many_who_ask_for_readiness_are_one_question() -> None:
+    class Counting(LocalBackend):
+        asked, gate = 0, asyncio.Event()
+
+        async def ready(self) -> dict[str, str]:
+            self.asked += 1
+            await self.gate.wait()
+            return await super().ready()
+
+    backend = Counting()
+
+    async def crowd(client: httpx.AsyncClient) -> list[int]:
+        asking = [asyncio.create_task(client.get("/v1/readyz")) for _ in range(20)]
+        await asyncio.sleep(0.05)
+        asking.pop(0).cancel()
+        await asyncio.sleep(0)
+        backend.gate.set()
+        statuses = [(await one).status_code for one in asking]
+        return [*statuses, (await client.get("/v1/readyz")).status_code]
+
+    assert with_app(crowd, backend) == [200] * 20
+    assert backend.asked == 2
+
+
 async def _never(_samples) -> None:
     await asyncio.sleep(60)
 
