@@ -22,7 +22,8 @@ _RETRIED_STATUS = (408, 429)
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often, and how long to wait in between: up to `base_s` * 2^attempt, at most `max_s`, at random."""
+    """How often, and how long to wait in between: what the server asks for, and up to `base_s` * 2^attempt, at most
+    `max_s`, at random."""
 
     max_attempts: int = 4
     base_s: float = 0.25
@@ -32,7 +33,8 @@ class RetryPolicy:
 
     async def wait(self, attempt: int, at_least_s: float) -> None:
         backoff = self.jitter.uniform(0, min(self.max_s, self.base_s * 2**attempt))
-        await self.sleep(max(at_least_s, backoff))
+        # On top of what the server asks for: those it refused together would come back together.
+        await self.sleep(at_least_s + backoff)
 
 
 async def post_with_retries(
@@ -49,7 +51,7 @@ async def post_with_retries(
             response = await post()
         except httpx.TimeoutException:
             failure = RewardFailure("timeout", f"{server} did not answer in time", retryable=True)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:  # of the transport, or an answer whose encoding is broken
             failure = RewardFailure("model_error", f"{server} is unreachable: {type(error).__name__}", retryable=True)
         else:
             if response.is_success:
@@ -85,4 +87,4 @@ def _reason(response: httpx.Response) -> str:
 def retry_after_s(response: httpx.Response) -> float:
     """Seconds that the server asks to wait; a date or nonsense counts as nothing."""
     text = response.headers.get("Retry-After", "")
-    return min(float(text), RETRY_AFTER_MAX_S) if text.isdigit() else 0.0
+    return min(float(text), RETRY_AFTER_MAX_S) if text.isdecimal() else 0.0

@@ -96,7 +96,24 @@ def test_what_may_pass_is_tried_again_under_the_same_id(trouble) -> None:
 def test_retry_after_is_obeyed() -> None:
     script = Script(429, _ok)
     script.score()
-    assert script.waits == [7.0]
+    assert 7.0 <= script.waits[0] <= 7.25
+
+
+def test_those_who_are_told_to_come_back_do_not_come_back_at_once() -> None:
+    scripts = [Script(429, _ok) for _ in range(8)]
+    for script in scripts:
+        script.score()
+    assert len({wait for script in scripts for wait in script.waits}) > 1
+
+
+@pytest.mark.parametrize("answer", [{"Content-Encoding": "gzip"}, {"Retry-After": "\u00b2".encode("latin-1")}])
+def test_answers_that_cannot_be_read_are_errors(answer: dict) -> None:
+    def broken(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(503, stream=httpx.ByteStream(b"no gzip"), headers=answer)
+
+    script = Script(broken, _ok)
+    assert [breakdown.total for breakdown in script.score()] == [0.5] * 3
+    assert len(script.requests) == 2
 
 
 @pytest.mark.parametrize(
