@@ -16,7 +16,6 @@ from __future__ import annotations
 import ast
 import operator
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -239,9 +238,7 @@ def _parse(expression: str) -> ast.expr:
     if len(expression) > MAX_CHARS:
         raise ValueError(f"longer than {MAX_CHARS} characters")
     try:
-        with warnings.catch_warnings():  # on odd literals the parser warns of what it then refuses or accepts
-            warnings.simplefilter("ignore")
-            return ast.parse(expression, mode="eval").body
+        return ast.parse(expression, mode="eval").body
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"no expression: {type(error).__name__}") from None
 
