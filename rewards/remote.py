@@ -159,10 +159,17 @@ class RewardClient:
         normalise: Literal["none", "affine"] = "none",
         deadline_s: float | None = None,
     ) -> GroupScores:
-        """The candidates of one prompt, in one request. As `score`, and ValueError for different prompts."""
-        prompts = {sample.prompt.text for sample in samples}
-        if len(prompts) != 1:
-            raise ValueError(f"score_group takes the candidates of one prompt, got {len(prompts)} prompts")
+        """The candidates of one prompt, in one request. As `score`, and ValueError for different prompts.
+
+        The request says prompt, metadata and reference once for all.
+        """
+        asked = [(sample.prompt.text, sample.prompt.metadata, sample.reference) for sample in samples]
+        num_prompts = sum(one not in asked[:place] for place, one in enumerate(asked))
+        if num_prompts != 1:
+            raise ValueError(
+                "score_group takes the candidates of one prompt, with one metadata and reference; "
+                f"got {num_prompts} different ones"
+            )
         head = _head(only, Aggregate(method=method, normalise=normalise), deadline_s)
         encoded, answer = await self._ask(samples, lambda sent: _group_request(head(), sent), _until(deadline_s))
         breakdowns = _join(encoded, answer)

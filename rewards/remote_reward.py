@@ -7,6 +7,7 @@ the reward; its values, versions and errors pass through unchanged.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field
 
+from raylign.errors import ConfigError
 from raylign.types import Prompt, RewardBreakdown, RewardFailure, RewardSample, RewardScore
 from rewards.base import FailureCode, Modality, RewardConfig, failure
 from rewards.wire import JsonObject, RewardChoice, RewardInfo
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     import httpx
 
     from rewards.remote import RewardClient
+
+logger = logging.getLogger(__name__)
+
+_ASK_AGAIN_TIMEOUT_S = 5.0
 
 
 class RemoteConfig(RewardConfig):
@@ -108,7 +114,7 @@ class RemoteReward:
         client = self._client_of_this_loop()
         answers = await client.score(samples, only=[choice], deadline_s=self._config.timeout_s)
         scores = [self._score_of(answer) for answer in answers]
-        self._keep_up(scores, self._info)
+        await self._keep_up(scores, self._info)
         return scores
 
     async def _ask(self) -> RewardInfo:
@@ -140,8 +146,16 @@ class RemoteReward:
         problem = answer.failure or RewardFailure("model_error", "the reward service gave neither a score nor a reason")
         return failure(self, cast("FailureCode", problem.code), problem.message, problem.retryable)
 
-    def _keep_up(self, scores: Sequence[RewardScore], info: RewardInfo) -> None:
-        """The service may have been upgraded; scores say by which version they were given."""
-        for score in scores:
-            if score.value is not None and score.version != info.version:
-                self._info = info.model_copy(update={"version": score.version, "model_fingerprint": score.fingerprint})
+    async def _keep_up(self, scores: Sequence[RewardScore], info: RewardInfo) -> None:
+        """The service may have been upgraded; scores say by which version they were given.
+
+        What else has changed, such as the metadata that the reward reads, it is asked for.
+        """
+        known = (info.version, info.model_fingerprint)
+        if all((score.version, score.fingerprint) == known for score in scores if score.value is not None):
+            return
+        try:
+            async with asyncio.timeout(_ASK_AGAIN_TIMEOUT_S):
+                self._info = await self._ask()
+        except (ConfigError, TimeoutError) as error:  # these scores are good all the same
+            logger.warning("reward %r has changed and cannot be asked what it is: %r", self.name, error)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -25,7 +26,7 @@ from rewards.wire import (
     WireError,
 )
 from services.reward_api.body import split_multipart
-from tests.reward_cases.local_http import LengthConfig, LocalBackend, app_of
+from tests.reward_cases.local_http import LengthConfig, LengthReward, LocalBackend, app_of
 
 SAMPLES = [RewardSample(f"s{i}", Prompt("p", "a sign"), np.zeros((4, 4, 3), np.uint8)) for i in range(3)]
 
@@ -219,9 +220,19 @@ def test_a_group_is_one_request_with_a_ranking() -> None:
     answer = _through(lambda client: client.score_group(_texts("a", "abc", "ab"), only=["length"]), max_samples=1)
     assert [breakdown.total for breakdown in answer.breakdowns] == [0.0, 2.0, 1.0]
     assert answer.ranking == ("s1", "s2", "s0")
-    other = RewardSample("x", Prompt("q", "another"), text="a")
-    with pytest.raises(ValueError, match="got 2 prompts"):
-        _through(lambda client: client.score_group([*_texts("a"), other]))
+
+
+def test_a_group_has_one_prompt_metadata_and_reference() -> None:
+    (one,) = _texts("a")
+    prompt = one.prompt
+    others = [
+        replace(one, id="x", prompt=replace(prompt, text="another")),
+        replace(one, id="x", prompt=replace(prompt, metadata={"language": "de"})),
+        replace(one, id="x", reference="42"),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="got 2 different ones"):
+            _through(lambda client, other=other: client.score_group([one, other]))
 
 
 def test_samples_that_cannot_be_sent_fail_alone() -> None:
@@ -320,15 +331,22 @@ def test_a_remote_reward_is_what_the_service_says_it_is() -> None:
 
 
 def test_a_remote_reward_follows_an_upgrade() -> None:
-    async def upgraded(_samples):
-        return {"length": [RewardScore("length", 4.0, version="2", fingerprint="f2")]}
-
     backend = LocalBackend(LENGTH)
     reward = _remote(backend)
     reward.load()
+    newer = LengthReward(LENGTH[0])
+    newer.version, newer.fingerprint, newer.deterministic = "2", "f2", False
+    newer.metadata_keys = {"language": "of the text", "tone": "of the text"}
+
+    async def upgraded(_samples):
+        backend.rewards["length"] = newer
+        return {"length": [RewardScore("length", 4.0, version="2", fingerprint="f2")]}
+
     backend.before = upgraded
     (score,) = asyncio.run(reward.score(_texts("abc")))
-    assert (score.version, reward.version, reward.fingerprint) == ("2", "2", "f2")
+    assert (score.value, score.version, reward.version, reward.fingerprint) == (4.0, "2", "2", "f2")
+    # What the new version reads, and whether it draws, decide what may be remembered of it.
+    assert (set(reward.metadata_keys), reward.deterministic) == ({"language", "tone"}, False)
 
 
 def test_a_remote_reward_that_is_not_there_says_so() -> None:
