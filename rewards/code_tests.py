@@ -41,7 +41,7 @@ from rewards.text.rule import NoVerdict, Verdict, score_texts, verdict
 
 logger = logging.getLogger(__name__)
 
-RULE_VERSION = "1"
+RULE_VERSION = "2"
 MAX_TESTS = 256
 
 

@@ -33,7 +33,7 @@ from rewards.text.rule import NoVerdict, Verdict, score_texts, shown, verdict
 
 logger = logging.getLogger(__name__)
 
-RULE_VERSION = "1"
+RULE_VERSION = "2"
 MAX_CHARS = 512
 MAX_EXPONENT_DEPTH = 2
 """e^{x^{2}} is that deep."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 
 OPEN, CLOSE = "<answer>", "</answer>"
-_BOXED = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_BRACES = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*\{|\\\\(?!boxed|fbox)|\\[{}]|[{}]")
+"""A box's opening, a line break, an escaped brace, a brace."""
 _FENCE = re.compile(r"^[ \t]*+```[ \t]*+([A-Za-z0-9_+-]*+)[ \t]*+$", re.MULTILINE)
 """Possessive: giving spaces back finds no other match, but takes quadratic time to find none."""
 
@@ -35,33 +36,24 @@ def after_last_tag(text: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last `\\boxed{...}` or `\\fbox{...}` with matching braces, stripped; None without one."""
+    """The content of the last `\\boxed{...}` or `\\fbox{...}` with matching braces, stripped; None without one.
+
+    A box inside another is part of its content; one that is never closed hides none of those after it.
+    """
     found = None
-    position = 0
-    while (match := _BOXED.search(text, position)) is not None:
-        end = _closing_brace(text, match.end())
-        if end is not None:
-            found = text[match.end() + 1 : end].strip()
-        elif text[match.end() : match.end() + 1] == "{":
-            break  # Never closed: then no later one at this depth is either.
-        position = end or match.end()
-    return found
-
-
-def _closing_brace(text: str, start: int) -> int | None:
-    """Index of the brace that closes the one at `start`, or None."""
-    if text[start : start + 1] != "{":
-        return None
-    depth, position = 0, start
-    while position < len(text):
-        if text[position] == "\\":  # An escaped brace is a character.
-            position += 2
-            continue
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return position
-        position += 1
-    return None
+    starts: list[int | None] = []
+    for piece in _BRACES.finditer(text):
+        match piece.group()[-1], len(piece.group()):
+            case "{", 1:
+                starts.append(None)
+            case "}", 1:
+                start = starts.pop() if starts else None
+                found = found if start is None else (start, piece.start())
+            case "{", length if length > 2:
+                starts.append(piece.end())
+            case _:
+                pass  # An escaped brace is a character.
+    return None if found is None else text[slice(*found)].strip()
 
 
 def last_code(text: str) -> str | None:

@@ -40,6 +40,8 @@ def test_the_last_answer_is_the_last_match_of_the_published_pattern(text: str) -
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\fbox{ 3 }", "3"), (r"\boxed {4}", "4"), ("none", None),
     (r"\boxed{1", None), (r"\boxed 7", None), (r"\boxed{3} and \boxed{2", "3"), (r"\boxedx{3}", None),
     (r"\boxed{a \boxed{b}}", r"a \boxed{b}"), (r"\boxed{}", ""),
+    (r"write \boxed{ and it is \boxed{4}.", "4"), (r"\boxed{1 \boxed{2}", "2"), (r"{ \boxed{\text{a}} }}", r"\text{a}"),
+    (r"\boxed{a \\}", r"a \\"), (r"\\boxed{4}", "4"),
 ])  # fmt: skip
 def test_the_last_box(text: str, content: str | None) -> None:
     assert last_boxed(text) == content
