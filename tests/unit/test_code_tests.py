@@ -176,7 +176,7 @@ def f(*a): return 77
 @pytest.fixture(scope="module")
 def cheated() -> dict[str, RewardScore]:
     """All cheats in one batch, beside an honest program."""
-    reward = CodeTestsReward(CodeTestsConfig(timeout_s=2.0, num_workers=4))
+    reward = CodeTestsReward(CodeTestsConfig(timeout_s=1.0, num_workers=4))
     try:
         reward.load()
     except ConfigError as error:

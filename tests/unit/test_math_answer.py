@@ -88,7 +88,7 @@ def test_a_reference_stands_in_for_metadata(reward: MathAnswerReward) -> None:
 def test_a_comparison_without_end_is_a_timeout_and_its_neighbours_are_scored() -> None:
     # A power of sums that no gate can know: expanding it takes minutes.
     bomb = r"\boxed{(a+b+c+d+e+f+g+h)^{900}}"
-    reward = MathAnswerReward(MathAnswerConfig(timeout_s=1.0, num_workers=1))
+    reward = MathAnswerReward(MathAnswerConfig(timeout_s=0.5, num_workers=1))
     reward.load()
     started = time.monotonic()
     late, fine = _score(reward, (r"(a+b+c+d+e+f+g+h)^{901}", bomb), ("1", r"\boxed{1.0}"))
