@@ -10,6 +10,7 @@ from typing import Literal, cast
 
 import numpy as np
 from pydantic import JsonValue, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from raylign.types import RewardFailure, RewardSample
 from rewards.images import ImageFormat, encode_image
@@ -54,6 +55,8 @@ def encode(samples: Sequence[RewardSample], form: Form, image_format: ImageForma
     for number, sample in enumerate(samples):
         try:
             wired, files = _encode_one(sample, sample.id if usable else str(number), number, form, image_format)
+        except (UnicodeError, PydanticSerializationError):
+            encoded.samples.append(RewardFailure("invalid_input", "the sample cannot be sent: its text is not Unicode"))
         except ValidationError as error:
             problem = error.errors(include_url=False, include_input=False, include_context=False)[0]["msg"]
             encoded.samples.append(RewardFailure("invalid_input", f"the sample cannot be sent: {problem}"))
@@ -100,13 +103,14 @@ def _encode_one(
         id=wire_id,
         group_id=sample.group_id,
         prompt=sample.prompt.text,
-        metadata=cast("dict[str, JsonValue]", plain_json(sample.prompt.metadata, keep_nan=True)),
+        metadata=cast("dict[str, JsonValue]", plain_json(sample.prompt.metadata, as_is=True)),
         image=images[0] if len(images) == 1 else None,
         images=tuple(images) if len(images) > 1 else None,
         text=sample.text,
         reference=sample.reference,
         seed=sample.seed,
     )
+    wired.model_dump_json(exclude={"image", "images"})  # half of a surrogate pair passes until it is written
     return wired, files
 
 

@@ -377,16 +377,22 @@ def breakdown_of(result: SampleResult) -> RewardBreakdown:
     return RewardBreakdown(result.reward, scores, _failure(result.error), weights)
 
 
-def plain_json(value: Any, keep_nan: bool = False) -> JsonValue:
-    """Any sequence and mapping of scalars as JSON's own types; NaN and infinities become null unless kept."""
-    if isinstance(value, str | int) or value is None:
+def plain_json(value: Any, as_is: bool = False) -> JsonValue:
+    """Any sequence and mapping of scalars as JSON's own types.
+
+    NaN and infinities become null, and halves of surrogate pairs, which models' JSON may have, "?"; unless `as_is`.
+    """
+    if isinstance(value, str):
+        return value if as_is else value.encode(errors="replace").decode()
+    if isinstance(value, int) or value is None:
         return value
     if isinstance(value, float):
-        return value if keep_nan or math.isfinite(value) else None
+        return value if as_is or math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): plain_json(item, keep_nan) for key, item in cast("Mapping[Any, Any]", value).items()}
+        items = cast("Mapping[Any, Any]", value).items()
+        return {str(plain_json(str(key), as_is)): plain_json(item, as_is) for key, item in items}
     if isinstance(value, Sequence) and not isinstance(value, bytes):
-        return [plain_json(item, keep_nan) for item in cast("Sequence[Any]", value)]
+        return [plain_json(item, as_is) for item in cast("Sequence[Any]", value)]
     return str(value)
 
 

@@ -241,12 +241,14 @@ def test_samples_that_cannot_be_sent_fail_alone() -> None:
         RewardSample("nothing", Prompt("p", "say")),
         RewardSample("grey", Prompt("p", "say"), np.zeros((4, 4), np.uint8)),
         RewardSample("nan", Prompt("p", "say", {"x": [float("nan")]}), text="a"),
+        RewardSample("surrogate", Prompt("p", "say"), text="a\ud800"),
+        RewardSample("inside", Prompt("p", "say", {"x": ["\ud800"]}), text="a"),
         RewardSample("tuple", Prompt("p", "say", {"x": (1, 2)}), text="a"),
     ]
     breakdowns = _through(lambda client: client.score(samples))
-    assert [breakdown.total for breakdown in breakdowns] == [3.0, None, None, None, 1.0]
-    failures = [breakdown.failure for breakdown in breakdowns[1:4]]
-    assert [failure.code for failure in failures if failure] == ["invalid_input"] * 3
+    assert [breakdown.total for breakdown in breakdowns] == [3.0, None, None, None, None, None, 1.0]
+    failures = [breakdown.failure for breakdown in breakdowns[1:6]]
+    assert [failure.code for failure in failures if failure] == ["invalid_input"] * 5
     assert _through(lambda client: client.score([])) == []
     assert [b.total for b in _through(lambda client: client.score(samples[1:3]))] == [None, None]
 

@@ -7,6 +7,7 @@ import logging
 import httpx
 import pytest
 
+from raylign.types import RewardScore
 from rewards import make_mix
 from rewards.remote import RewardClient
 from rewards.wire import ScoreResponse
@@ -65,6 +66,16 @@ def test_a_text_sample_for_picture_rewards_is_a_result() -> None:
     (result,) = response.json()["results"]
     assert (result["status"], result["reward"]) == ("invalid_input", None)
     assert result["components"]["jpeg"]["error"]["message"] == "the sample has no image"
+
+
+def test_details_that_are_no_unicode_cost_nobody_his_score() -> None:
+    async def quotes(_samples):
+        return {"jpeg": [RewardScore("jpeg", 0.5, details={"said": "half \ud83d", "\ud83d": ["\u00e9"]})]}
+
+    response = with_app(post(json=_body(inline(), rewards=[{"name": "jpeg"}])), LocalBackend(before=quotes))
+    assert response.status_code == 200
+    (result,) = response.json()["results"]
+    assert result["components"]["jpeg"]["details"] == {"said": "half ?", "?": ["\u00e9"]}
 
 
 def test_details_can_be_left_out() -> None:
