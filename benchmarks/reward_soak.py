@@ -74,7 +74,7 @@ class Tally:
 
     num_requests: int = 0
     num_cancelled: int = 0
-    num_hung: int = 0
+    hung: list[str] = field(default_factory=list[str])
     num_killed: int = 0
     wrong: list[str] = field(default_factory=list[str])
     statuses: Counter[str] = field(default_factory=Counter[str])
@@ -120,6 +120,7 @@ class Clients:
         self._files = [encode_png(image_HWC) for image_HWC in self._images]
         self._url, self._hang_s, self._tally, self._random = url, hang_s, tally, random_source
         self._expected: dict[str, list[float]] = {}
+        self._start = time.monotonic()
 
     async def prepare(self) -> None:
         """Score every picture here, for comparison."""
@@ -151,8 +152,8 @@ class Clients:
         self._tally.num_requests += 1
         try:
             response = await http.post("/v1/score", content=body[0], headers=body[1])
-        except httpx.TimeoutException:
-            self._tally.num_hung += 1
+        except httpx.TimeoutException as error:
+            self._tally.hung.append(f"{type(error).__name__} of a request from second {started - self._start:.1f}")
             return None
         except httpx.TransportError:
             self._tally.http[0] += 1
@@ -220,7 +221,8 @@ async def soak(arguments: argparse.Namespace) -> dict[str, Any]:
         "redis_outage_s": round(60 * arguments.minutes / 6),
         "wrong_scores": len(tally.wrong),
         "first_wrong": tally.wrong[:3],
-        "hung_requests": tally.num_hung,
+        "hung_requests": len(tally.hung),
+        "first_hung": tally.hung[:12],
         "http_status": dict(tally.http),
         "component_status": dict(tally.statuses),
         "cache": dict(tally.cache),
