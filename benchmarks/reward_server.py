@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import psutil
 
@@ -68,7 +68,7 @@ def request_body(texts: Sequence[str], files: Sequence[bytes], rewards: Sequence
     }
     parts = [("request", ("request.json", json.dumps(request), "application/json"))]
     parts += [(f"i{place}", (f"i{place}", data, "image/png")) for place, data in enumerate(files)]
-    built = httpx.Request("POST", "http://x/v1/score", files=parts)  # type: ignore[arg-type]
+    built = httpx2.Request("POST", "http://x/v1/score", files=parts)  # type: ignore[arg-type]
     return built.read(), {"Content-Type": built.headers["Content-Type"]}
 
 
@@ -126,8 +126,8 @@ def _process(command: Sequence[str], port: int) -> Generator[int]:
 
 def _ready(port: int) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/v1/readyz", timeout=5).status_code == 200
-    except httpx.HTTPError:
+        return httpx2.get(f"http://127.0.0.1:{port}/v1/readyz", timeout=5).status_code == 200
+    except httpx2.HTTPError:
         return False
 
 

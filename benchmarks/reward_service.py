@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from fastapi import FastAPI, Request
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -98,7 +98,7 @@ def direct_call(reward: str, texts: Sequence[Sequence[str]], files: Sequence[Seq
     return call
 
 
-def http_call(client: httpx.AsyncClient, bodies: Sequence[tuple[bytes, dict[str, str]]], hit: bool) -> Call:
+def http_call(client: httpx2.AsyncClient, bodies: Sequence[tuple[bytes, dict[str, str]]], hit: bool) -> Call:
     """One request to a server; every sample must have a reward, and be remembered if `hit`."""
 
     async def call(place: int) -> None:
@@ -156,8 +156,8 @@ async def measure(urls: dict[str, str], reward: str, arguments: argparse.Namespa
     texts = [words(NUM_BODIES * NUM_SAMPLES)[i * NUM_SAMPLES : (i + 1) * NUM_SAMPLES] for i in range(NUM_BODIES)]
     files = [[encode_png(image_HWC) for image_HWC in pictures(some)] for some in texts]
     bodies = [request_body(some, data, (reward,)) for some, data in zip(texts, files, strict=True)]
-    limits = httpx.Limits(max_connections=NUM_CLIENTS, max_keepalive_connections=NUM_CLIENTS)
-    clients = {way: httpx.AsyncClient(base_url=url, timeout=120, limits=limits) for way, url in urls.items()}
+    limits = httpx2.Limits(max_connections=NUM_CLIENTS, max_keepalive_connections=NUM_CLIENTS)
+    clients = {way: httpx2.AsyncClient(base_url=url, timeout=120, limits=limits) for way, url in urls.items()}
     calls: dict[str, Call] = {"direct": direct_call(reward, texts, files)}
     for way, client in clients.items():
         fill = http_call(client, bodies, hit=False)

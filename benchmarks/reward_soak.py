@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -128,11 +128,11 @@ class Clients:
 
     async def run(self, until: float) -> None:
         """Ask until the time is over."""
-        limits = httpx.Limits(max_connections=NUM_CLIENTS + 4)
-        async with httpx.AsyncClient(base_url=self._url, timeout=self._hang_s, limits=limits) as http:
+        limits = httpx2.Limits(max_connections=NUM_CLIENTS + 4)
+        async with httpx2.AsyncClient(base_url=self._url, timeout=self._hang_s, limits=limits) as http:
             await asyncio.gather(*(self._client(http, until) for _ in range(NUM_CLIENTS)))
 
-    async def _client(self, http: httpx.AsyncClient, until: float) -> None:
+    async def _client(self, http: httpx2.AsyncClient, until: float) -> None:
         while time.monotonic() < until:
             chosen = self._random.sample(range(NUM_PICTURES), self._random.randint(1, 16))
             body = request_body([self._texts[i] for i in chosen], [self._files[i] for i in chosen], REWARDS)
@@ -147,15 +147,15 @@ class Clients:
             if answer is not None:
                 self._check(chosen, answer)
 
-    async def _ask(self, http: httpx.AsyncClient, body: tuple[bytes, dict[str, str]]) -> Any:
+    async def _ask(self, http: httpx2.AsyncClient, body: tuple[bytes, dict[str, str]]) -> Any:
         started = time.monotonic()
         self._tally.num_requests += 1
         try:
             response = await http.post("/v1/score", content=body[0], headers=body[1])
-        except httpx.TimeoutException as error:
+        except httpx2.TimeoutException as error:
             self._tally.hung.append(f"{type(error).__name__} of a request from second {started - self._start:.1f}")
             return None
-        except httpx.TransportError:
+        except httpx2.TransportError:
             self._tally.http[0] += 1
             return None
         self._tally.taken_s.append(time.monotonic() - started)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
-import httpx
+import httpx2
 from pydantic import ValidationError
 
 from raylign.errors import ConfigError, RewardError
@@ -68,14 +68,14 @@ class RewardClient:
         max_samples: int = 64,
         max_bytes: int = 2**25,
         max_in_flight: int = 4,
-        transport: httpx.AsyncBaseTransport | None = None,
+        transport: httpx2.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """`timeout_s` should exceed the server's. A request carries at most `max_samples` samples and `max_bytes` of
         raw pixels and text, and `max_in_flight` requests run at a time."""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        timeout = httpx.Timeout(timeout_s, connect=min(10.0, timeout_s))
-        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, transport=transport)
+        timeout = httpx2.Timeout(timeout_s, connect=min(10.0, timeout_s))
+        self._http = httpx2.AsyncClient(base_url=url, headers=headers, timeout=timeout, transport=transport)
         self._url = url
         self._form: Form = form
         self._image_format: ImageFormat = image_format
@@ -98,7 +98,7 @@ class RewardClient:
         await self._http.aclose()
 
     async def rewards(self) -> RewardList:
-        """What the service offers. Raises httpx.HTTPError or ValidationError: this is asked once, by a person."""
+        """What the service offers. Raises httpx2.HTTPError or ValidationError: this is asked once, by a person."""
         response = await self._http.get("/v1/rewards")
         response.raise_for_status()
         return RewardList.model_validate_json(response.content)
@@ -107,11 +107,11 @@ class RewardClient:
         """What the service says of one reward. Raises ConfigError if it cannot be asked, or does not serve it."""
         try:
             served = {info.name: info for info in (await self.rewards()).rewards}
-        except httpx.HTTPStatusError as error:
+        except httpx2.HTTPStatusError as error:
             raise ConfigError(
                 f"{self._url} answered {error.response.status_code} to GET /v1/rewards; check the url and the token"
             ) from None
-        except (httpx.HTTPError, httpx.InvalidURL, ValidationError) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL, ValidationError) as error:
             raise ConfigError(
                 f"{self._url} is no reward service that can be reached ({type(error).__name__}); check the url"
             ) from None

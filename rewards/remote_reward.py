@@ -22,7 +22,7 @@ from rewards.base import FailureCode, Modality, RewardConfig, failure
 from rewards.wire import JsonObject, RewardChoice, RewardInfo
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
 
     from rewards.remote import RewardClient
 
@@ -52,7 +52,7 @@ class RemoteConfig(RewardConfig):
 class RemoteReward:
     """What it is like is known after `load`; until then it promises nothing."""
 
-    def __init__(self, config: RemoteConfig, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(self, config: RemoteConfig, transport: httpx2.AsyncBaseTransport | None = None) -> None:
         """`transport` replaces the network."""
         self.name = config.name
         self._config = config

@@ -10,7 +10,7 @@ import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-import httpx
+import httpx2
 from pydantic import ValidationError
 
 from raylign.types import RewardFailure
@@ -38,8 +38,8 @@ class RetryPolicy:
 
 
 async def post_with_retries(
-    post: Callable[[], Awaitable[httpx.Response]], policy: RetryPolicy, server: str
-) -> httpx.Response | RewardFailure:
+    post: Callable[[], Awaitable[httpx2.Response]], policy: RetryPolicy, server: str
+) -> httpx2.Response | RewardFailure:
     """The first answer that is 2xx, or the failure that trying again would not change or did not.
 
     `post` sends the same request each time. `server` names the other side in messages. Cancellation passes through.
@@ -49,9 +49,9 @@ async def post_with_retries(
         wait_s = 0.0
         try:
             response = await post()
-        except httpx.TimeoutException:
+        except httpx2.TimeoutException:
             failure = RewardFailure("timeout", f"{server} did not answer in time", retryable=True)
-        except httpx.RequestError as error:  # of the transport, or an answer whose encoding is broken
+        except httpx2.RequestError as error:  # of the transport, or an answer whose encoding is broken
             failure = RewardFailure("model_error", f"{server} is unreachable: {type(error).__name__}", retryable=True)
         else:
             if response.is_success:
@@ -65,7 +65,7 @@ async def post_with_retries(
     return failure
 
 
-def refusal(response: httpx.Response, server: str) -> RewardFailure:
+def refusal(response: httpx2.Response, server: str) -> RewardFailure:
     """An answer that is not 2xx, as a failure. Its body is shown as text, never interpreted."""
     status = response.status_code
     retryable = status in _RETRIED_STATUS or status >= 500
@@ -75,7 +75,7 @@ def refusal(response: httpx.Response, server: str) -> RewardFailure:
     return RewardFailure(code, f"{server} answered {status}: {_reason(response)}", retryable)
 
 
-def _reason(response: httpx.Response) -> str:
+def _reason(response: httpx2.Response) -> str:
     """What a reward service says in its own words; anything else as it came, cut."""
     try:
         body = ErrorBody.model_validate_json(response.content)
@@ -84,7 +84,7 @@ def _reason(response: httpx.Response) -> str:
     return body.error.message + (f" (log id {body.log_id})" if body.log_id else "")
 
 
-def retry_after_s(response: httpx.Response) -> float:
+def retry_after_s(response: httpx2.Response) -> float:
     """Seconds that the server asks to wait; a date or nonsense counts as nothing."""
     text = response.headers.get("Retry-After", "")
     return min(float(text), RETRY_AFTER_MAX_S) if text.isdecimal() else 0.0

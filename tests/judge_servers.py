@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+import httpx2
 import psutil
 
 
@@ -69,6 +69,6 @@ def judge_server(
 
 def _healthy(port: int) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).is_success
-    except httpx.TransportError:
+        return httpx2.get(f"http://127.0.0.1:{port}/health", timeout=2).is_success
+    except httpx2.TransportError:
         return False

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal, TypeVar
 
-import httpx
+import httpx2
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from raylign.config import Config
@@ -75,7 +75,7 @@ class OpenAIEngineConfig(Config):
     @field_validator("base_url")
     @classmethod
     def _plain_http_url(cls, value: str) -> str:
-        url = httpx.URL(value)
+        url = httpx2.URL(value)
         if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query or url.fragment:
             raise ValueError(
                 "must be http(s)://host[:port]/v1 without a user, a query or a fragment; a token goes into the "
@@ -98,7 +98,7 @@ class OpenAIEngine:
         self._config = config
         self._headers = _authorisation(config.token_env)
         self._retry = retry or RetryPolicy(config.max_attempts)
-        self._ssl = httpx.create_ssl_context() if config.base_url.startswith("https:") else False
+        self._ssl = httpx2.create_ssl_context() if config.base_url.startswith("https:") else False
         self._model = ""
         self._fingerprint = ""
         self._label_ids: dict[str, tuple[int, ...]] = {}
@@ -241,23 +241,23 @@ class OpenAIEngine:
             entry = _log(f"{error.error_count()} problem(s) in {response.text[:2000]!r}")
             return RewardFailure("model_error", f"{_SERVER}'s answer breaks the API; see {entry}")
 
-    async def _send(self, method: str, url: str, content: bytes | None) -> httpx.Response:
+    async def _send(self, method: str, url: str, content: bytes | None) -> httpx2.Response:
         """One attempt. What a refusal says goes to the log: it may quote the prompt or the server's insides."""
         headers = {**self._headers, "Content-Type": "application/json"}
-        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+        timeout = httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S)
         try:
             async with (
                 asyncio.timeout(self._config.timeout_s),
-                httpx.AsyncClient(verify=self._ssl, headers=headers, timeout=timeout) as client,
+                httpx2.AsyncClient(verify=self._ssl, headers=headers, timeout=timeout) as client,
             ):
                 response = await client.request(method, url, content=content)
         except TimeoutError:
-            raise httpx.ReadTimeout(f"no answer in {self._config.timeout_s} s") from None
+            raise httpx2.ReadTimeout(f"no answer in {self._config.timeout_s} s") from None
         if response.is_success:
             return response
         entry = _log(f"{response.status_code}: {response.text[:2000]!r}")
         retry_after = {name: value for name, value in response.headers.items() if name == "retry-after"}
-        return httpx.Response(response.status_code, headers=retry_after, text=f"see {entry}")
+        return httpx2.Response(response.status_code, headers=retry_after, text=f"see {entry}")
 
 
 def chat_body(request: JudgeRequest, flavour: Flavour) -> Mapping[str, JsonValue]:

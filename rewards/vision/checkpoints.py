@@ -169,7 +169,7 @@ def _fetch(name: str, remedy: str, weights: bool) -> Path:
 def _asked_of_hub(ask: Callable[[], str], what: str, remedy: str) -> str:
     try:
         return ask()
-    except Exception as error:  # the hub's client raises its own errors, httpx's, OSError and ValueError
+    except Exception as error:  # the hub's client raises its own errors, httpx2's, OSError and ValueError
         raise ModelError(
             f"{what!r} is not here, and the model hub did not give it ({type(error).__name__}); {remedy}"
         ) from error

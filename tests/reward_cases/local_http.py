@@ -1,11 +1,11 @@
-"""The reward service's application on an in-process backend, reached through httpx's ASGI transport; no Ray."""
+"""The reward service's application on an in-process backend, reached through httpx2's ASGI transport; no Ray."""
 
 import asyncio
 import base64
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 from fastapi import FastAPI
 from pydantic import Field
@@ -135,7 +135,7 @@ def app_of(backend: LocalBackend | None = None, token: str | None = None, **limi
 
 
 def with_app(
-    use: Callable[[httpx.AsyncClient], Awaitable[Any]],
+    use: Callable[[httpx2.AsyncClient], Awaitable[Any]],
     backend: LocalBackend | None = None,
     token: str | None = None,
     **limits,
@@ -144,14 +144,14 @@ def with_app(
     app = app_of(backend, token, **limits)
 
     async def main() -> Any:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
             return await use(client)
 
     return asyncio.run(main())
 
 
-def post(path: str = "/v1/score", **kwargs) -> Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]:
+def post(path: str = "/v1/score", **kwargs) -> Callable[[httpx2.AsyncClient], Awaitable[httpx2.Response]]:
     """For `with_app`: one POST."""
     return lambda client: client.post(path, **kwargs)
 
@@ -167,7 +167,7 @@ def texts(*answers: str, prompt: str = "say", **more) -> list[dict]:
     return [{"id": chr(97 + i), "prompt": prompt, "text": text, **more} for i, text in enumerate(answers)]
 
 
-def refused(response: httpx.Response, status: int) -> str:
+def refused(response: httpx2.Response, status: int) -> str:
     """The message of an answer that must have this status and an ErrorBody."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"

@@ -1,6 +1,6 @@
 """A reward of another service; the service is the real application, without the network between."""
 
-import httpx
+import httpx2
 
 from rewards import JpegConfig, RewardConfig
 from rewards.base import Reward
@@ -15,7 +15,7 @@ CONFIG = RemoteConfig(url="http://scorers", reward="size")
 def _make(config: RewardConfig) -> Reward:
     assert isinstance(config, RemoteConfig)
     app = app_of(LocalBackend([JpegConfig(name="size")]))
-    return RemoteReward(config, httpx.ASGITransport(app))
+    return RemoteReward(config, httpx2.ASGITransport(app))
 
 
 CASES = [Case(CONFIG, noise, BAD_PICTURES, _make)]

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 import psutil
 import pytest
@@ -106,9 +106,9 @@ def test_over_http_it_scores_as_this_process_does(service: RewardService, expect
     assert _facts(asyncio.run(main())) == expected
 
 
-def _post(service: RewardService, body: dict, token: str = TOKEN) -> httpx.Response:
+def _post(service: RewardService, body: dict, token: str = TOKEN) -> httpx2.Response:
     url = f"{service.address}/v1/score"
-    return httpx.post(url, json=body, headers={"Authorization": f"Bearer {token}"}, timeout=60)
+    return httpx2.post(url, json=body, headers={"Authorization": f"Bearer {token}"}, timeout=60)
 
 
 def _body(*files: bytes) -> dict:
@@ -129,10 +129,10 @@ def test_refusals_over_http(service: RewardService) -> None:
 
 
 def test_probes_over_http(service: RewardService) -> None:
-    ready = httpx.get(f"{service.address}/v1/readyz", timeout=60)
+    ready = httpx2.get(f"{service.address}/v1/readyz", timeout=60)
     assert ready.status_code == 200, ready.text
     assert ready.json()["rewards"] == {"ocr": True, "jpeg": True}
-    listed = httpx.get(f"{service.address}/v1/rewards", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
+    listed = httpx2.get(f"{service.address}/v1/rewards", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
     assert [reward["name"] for reward in listed.json()["rewards"]] == ["ocr", "jpeg"]
 
 
@@ -187,7 +187,7 @@ def test_the_server_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
         try:
             assert server.stdout.readline().strip() == f"http://127.0.0.1:{port}"
             family = psutil.Process(server.pid).children(recursive=True)
-            assert httpx.get(f"http://127.0.0.1:{port}/v1/healthz", timeout=30).status_code == 200
+            assert httpx2.get(f"http://127.0.0.1:{port}/v1/healthz", timeout=30).status_code == 200
         finally:
             server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=60) == 0

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import psutil
 import pytest
@@ -111,10 +111,10 @@ def test_the_shipped_serve_file_is_the_same_service(cluster: StartedCluster, tmp
     address = f"http://127.0.0.1:{port}"
     try:
         _wait_for(lambda: serve.status().applications["rewards"].status == "RUNNING", 120)
-        _wait_for(lambda: httpx.get(f"{address}/v1/readyz", timeout=30).status_code == 200, 60)
+        _wait_for(lambda: httpx2.get(f"{address}/v1/readyz", timeout=30).status_code == 200, 60)
         samples = _samples(1, seed=1)
-        assert httpx.post(f"{address}/v1/score", json=_body(samples), timeout=60).status_code == 401
-        answer = httpx.post(f"{address}/v1/score", json=_body(samples), headers=AUTHORIZED, timeout=60).json()
+        assert httpx2.post(f"{address}/v1/score", json=_body(samples), timeout=60).status_code == 401
+        answer = httpx2.post(f"{address}/v1/score", json=_body(samples), headers=AUTHORIZED, timeout=60).json()
         assert [result["components"]["jpeg"]["raw"] for result in answer["results"]] == _expected(samples)
     finally:
         serve.shutdown()
@@ -190,10 +190,10 @@ class Client(threading.Thread):
     def __init__(self, address: str, samples: list[RewardSample]) -> None:
         super().__init__()
         self.url, self.samples, self.body = f"{address}/v1/score", samples, _body(samples)
-        self.response: httpx.Response | None = None
+        self.response: httpx2.Response | None = None
 
     def run(self) -> None:
-        self.response = httpx.post(self.url, json=self.body, headers=AUTHORIZED, timeout=90)
+        self.response = httpx2.post(self.url, json=self.body, headers=AUTHORIZED, timeout=90)
 
     def values(self) -> list[float | None]:
         """What was answered, once it was."""
@@ -232,5 +232,5 @@ def test_a_service_that_stops_answers_what_it_has(start: Callable[..., RewardSer
     service.shutdown()
     for client in clients:
         assert client.values() == _expected(client.samples)
-    with pytest.raises(httpx.TransportError):
-        httpx.get(f"{service.address}/v1/healthz", timeout=5)
+    with pytest.raises(httpx2.TransportError):
+        httpx2.get(f"{service.address}/v1/healthz", timeout=5)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 
@@ -99,7 +99,7 @@ def test_the_flavour_leaves_out_what_the_server_would_refuse(
 ) -> None:
     rich = replace(QUESTION, top_k=20, choices=("yes", "no"), top_logprobs=5, thinking=False)
     body = {"model": str(checkpoint), **chat_body(rich, flavour)}
-    assert httpx.post(f"{server.url}/chat/completions", json=body, timeout=60).status_code == status
+    assert httpx2.post(f"{server.url}/chat/completions", json=body, timeout=60).status_code == status
 
 
 def test_a_server_killed_in_the_middle_is_a_failure_and_its_successor_answers(checkpoint: Path, tmp_path: Path) -> None:

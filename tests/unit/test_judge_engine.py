@@ -367,7 +367,7 @@ def test_a_busy_server_is_asked_again_after_the_time_it_names() -> None:
         reply = asyncio.run(_ask(OpenAIEngine(config, RetryPolicy(3, sleep=wait))))
     assert reply == JudgeReply("yes", model="judge")
     assert len(waits) == 2
-    assert waits[0] == 7.0
+    assert 7.0 <= waits[0] <= 7.25, "never before the time it names, and not all at once"
 
 
 def test_a_server_that_comes_back_is_asked_for_its_model_again() -> None:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -31,7 +31,7 @@ from tests.reward_cases.local_http import LengthConfig, LengthReward, LocalBacke
 SAMPLES = [RewardSample(f"s{i}", Prompt("p", "a sign"), np.zeros((4, 4, 3), np.uint8)) for i in range(3)]
 
 
-def _ok(request: httpx.Request, value: float = 0.5, reverse: bool = False) -> httpx.Response:
+def _ok(request: httpx2.Request, value: float = 0.5, reverse: bool = False) -> httpx2.Response:
     wire = ScoreRequest.model_validate_json(request.content)
     component = Component(raw=value, value=value, weight=1.0, required=True, status="ok")
     results = [SampleResult(id=s.id, status="ok", reward=value, components={"x": component}) for s in wire.samples]
@@ -41,26 +41,26 @@ def _ok(request: httpx.Request, value: float = 0.5, reverse: bool = False) -> ht
         results=tuple(results[::-1] if reverse else results),
         counts={"ok": len(results)},
     )
-    return httpx.Response(200, text=answer.model_dump_json())
+    return httpx2.Response(200, text=answer.model_dump_json())
 
 
 class Script:
     """Plays one answer after the other, then repeats the last; records requests and waits."""
 
-    def __init__(self, *answers: int | Exception | Callable[[httpx.Request], httpx.Response]) -> None:
+    def __init__(self, *answers: int | Exception | Callable[[httpx2.Request], httpx2.Response]) -> None:
         self.answers = list(answers)
         self.requests: list[ScoreRequest] = []
         self.waits: list[float] = []
-        self.headers = httpx.Headers()
+        self.headers = httpx2.Headers()
 
-    def __call__(self, request: httpx.Request) -> httpx.Response:
+    def __call__(self, request: httpx2.Request) -> httpx2.Response:
         self.requests.append(ScoreRequest.model_validate_json(request.content))
         self.headers = request.headers
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, Exception):
             raise answer
         if isinstance(answer, int):
-            return httpx.Response(answer, text="why", headers={"Retry-After": "7"} if answer == 429 else {})
+            return httpx2.Response(answer, text="why", headers={"Retry-After": "7"} if answer == 429 else {})
         return answer(request)
 
     async def sleep(self, seconds: float) -> None:
@@ -68,7 +68,7 @@ class Script:
 
     def score(self, **options) -> list[RewardBreakdown]:
         async def main() -> list[RewardBreakdown]:
-            transport = httpx.MockTransport(self)
+            transport = httpx2.MockTransport(self)
             async with RewardClient(
                 "http://test", form="json", transport=transport, sleep=self.sleep, **options
             ) as client:
@@ -85,7 +85,7 @@ def _only_failure(breakdowns: list[RewardBreakdown]) -> tuple[str, str, bool]:
     return failure.code, failure.message, failure.retryable
 
 
-@pytest.mark.parametrize("trouble", [408, 429, 500, 503, httpx.ConnectError("refused"), httpx.ReadTimeout("slow")])
+@pytest.mark.parametrize("trouble", [408, 429, 500, 503, httpx2.ConnectError("refused"), httpx2.ReadTimeout("slow")])
 def test_what_may_pass_is_tried_again_under_the_same_id(trouble) -> None:
     script = Script(trouble, trouble, _ok)
     assert [breakdown.total for breakdown in script.score()] == [0.5] * 3
@@ -109,8 +109,8 @@ def test_those_who_are_told_to_come_back_do_not_come_back_at_once() -> None:
 
 @pytest.mark.parametrize("answer", [{"Content-Encoding": "gzip"}, {"Retry-After": "\u00b2".encode("latin-1")}])
 def test_answers_that_cannot_be_read_are_errors(answer: dict) -> None:
-    def broken(_: httpx.Request) -> httpx.Response:
-        return httpx.Response(503, stream=httpx.ByteStream(b"no gzip"), headers=answer)
+    def broken(_: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(503, stream=httpx2.ByteStream(b"no gzip"), headers=answer)
 
     script = Script(broken, _ok)
     assert [breakdown.total for breakdown in script.score()] == [0.5] * 3
@@ -131,12 +131,12 @@ def test_what_cannot_pass_is_not_tried_again(status: int, code: str) -> None:
 def test_a_refusal_is_told_in_the_services_words() -> None:
     error = WireError(code="internal", message="the service failed")
     body = ErrorBody(error=error, log_id="c0ffee").model_dump_json()
-    _, message, _ = _only_failure(Script(lambda _: httpx.Response(422, text=body)).score())
+    _, message, _ = _only_failure(Script(lambda _: httpx2.Response(422, text=body)).score())
     assert message == "the reward service answered 422: the service failed (log id c0ffee)"
 
 
 @pytest.mark.parametrize(
-    ("trouble", "code"), [(503, "overloaded"), (500, "model_error"), (httpx.ReadTimeout("slow"), "timeout")]
+    ("trouble", "code"), [(503, "overloaded"), (500, "model_error"), (httpx2.ReadTimeout("slow"), "timeout")]
 )
 def test_attempts_are_bounded_and_end_in_errors(trouble, code: str) -> None:
     script = Script(trouble)
@@ -145,7 +145,7 @@ def test_attempts_are_bounded_and_end_in_errors(trouble, code: str) -> None:
 
 
 def test_an_answer_that_is_none_is_an_error() -> None:
-    code, message, _ = _only_failure(Script(lambda _: httpx.Response(200, text='{"results": [0.0]}')).score())
+    code, message, _ = _only_failure(Script(lambda _: httpx2.Response(200, text='{"results": [0.0]}')).score())
     assert code == "model_error"
     assert "breaks the schema" in message
     code, message, _ = _only_failure(Script(lambda request: _ok(request, reverse=True)).score())
@@ -178,7 +178,7 @@ def _through(use, configs=LENGTH, **options):
     """What `use` makes of a client of the real application."""
 
     async def main():
-        transport = httpx.ASGITransport(app_of(LocalBackend(configs)))
+        transport = httpx2.ASGITransport(app_of(LocalBackend(configs)))
         async with RewardClient("http://test", transport=transport, **options) as client:
             return await use(client)
 
@@ -197,7 +197,7 @@ def test_pictures_arrive_bit_for_bit(form, image_format) -> None:
     samples = [RewardSample("a", Prompt("p", "x"), images[0], more_images_HWC=(images[1],), seed=3, group_id="g")]
 
     async def main():
-        transport = httpx.ASGITransport(app_of(backend))
+        transport = httpx2.ASGITransport(app_of(backend))
         async with RewardClient("http://t", None, form, image_format=image_format, transport=transport) as client:
             await client.score(samples)
 
@@ -276,7 +276,7 @@ def test_a_deadline_ends_waiting_and_retrying() -> None:
 
     async def main() -> list[RewardBreakdown]:
         backend = LocalBackend(LENGTH, before=slow)
-        async with RewardClient("http://t", transport=httpx.ASGITransport(app_of(backend))) as client:
+        async with RewardClient("http://t", transport=httpx2.ASGITransport(app_of(backend))) as client:
             return await client.score(_texts("a", "b"), deadline_s=0.05)
 
     for breakdown in asyncio.run(main()):
@@ -309,7 +309,7 @@ def test_a_client_can_be_made_to_raise() -> None:
 def test_readiness_is_an_answer_also_when_it_is_no() -> None:
     async def main(problem: str):
         backend = LocalBackend(LENGTH, problem=problem)
-        async with RewardClient("http://t", transport=httpx.ASGITransport(app_of(backend))) as client:
+        async with RewardClient("http://t", transport=httpx2.ASGITransport(app_of(backend))) as client:
             return await client.ready()
 
     assert asyncio.run(main("")).ready
@@ -318,7 +318,7 @@ def test_readiness_is_an_answer_also_when_it_is_no() -> None:
 
 def _remote(backend: LocalBackend, **keys) -> RemoteReward:
     config = RemoteConfig(url="http://scorers", reward="length", name="far", **keys)
-    return RemoteReward(config, httpx.ASGITransport(app_of(backend), raise_app_exceptions=False))
+    return RemoteReward(config, httpx2.ASGITransport(app_of(backend), raise_app_exceptions=False))
 
 
 def test_a_remote_reward_is_what_the_service_says_it_is() -> None:
@@ -360,7 +360,7 @@ def test_a_remote_reward_that_is_not_there_says_so() -> None:
     locked = RemoteConfig(url="http://t", reward="x", token_env="RAYLIGN_TEST_TOKEN_THAT_IS_NOT_SET")
     app = app_of(LocalBackend(), token="s3cret")
     with pytest.raises(ConfigError, match="answered 401"):
-        RemoteReward(locked, httpx.ASGITransport(app)).load()
+        RemoteReward(locked, httpx2.ASGITransport(app)).load()
 
 
 def test_a_remote_reward_that_goes_away_leaves_errors() -> None:

@@ -4,7 +4,7 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 
-import httpx
+import httpx2
 import pytest
 from fastapi import FastAPI, Request
 
@@ -53,7 +53,7 @@ def _with_door(
 
 def test_a_door_that_closes_answers_what_is_inside() -> None:
     async def use(slow: Slow, door: HttpDoor, url: str) -> None:
-        async with httpx.AsyncClient() as client:
+        async with httpx2.AsyncClient() as client:
             inside = asyncio.create_task(client.post(url, json={"a": 1}))
             await slow.entered.wait()
             closing = asyncio.create_task(door.close())
@@ -64,8 +64,8 @@ def test_a_door_that_closes_answers_what_is_inside() -> None:
             await closing
         with pytest.raises(RuntimeError, match="has ended"):
             door.check()
-        async with httpx.AsyncClient() as client:
-            with pytest.raises(httpx.ConnectError):
+        async with httpx2.AsyncClient() as client:
+            with pytest.raises(httpx2.ConnectError):
                 await client.post(url, json={"a": 1})
 
     _with_door(use)
@@ -86,7 +86,7 @@ def test_headers_without_end_are_hung_up_on(line: bytes) -> None:
             await _write(writer, line, times=2**14)
         assert not slow.entered.is_set()
         writer.close()
-        async with httpx.AsyncClient() as client:  # others come in, with headers of an ordinary length
+        async with httpx2.AsyncClient() as client:  # others come in, with headers of an ordinary length
             assert (await client.get(f"{url}/nothing", headers={"X": "a" * 2**15})).status_code == 404
 
     _with_door(use)
@@ -104,7 +104,7 @@ def test_headers_that_do_not_come_are_not_waited_for() -> None:
             assert await asyncio.wait_for(reader.read(), 5.0) == b""
             writer.close()
         slow.gate.set()
-        async with httpx.AsyncClient() as client:
+        async with httpx2.AsyncClient() as client:
             for _ in range(2):  # the second comes on the connection of the first, after its timer
                 assert (await client.post(url, json={"a": 1})).json() == {"a": 1}
                 await asyncio.sleep(0.15)
@@ -122,7 +122,7 @@ def test_nobody_names_his_own_address() -> None:
     async def main() -> None:
         port = _free_port()
         door = await HttpDoor.open(app, "127.0.0.1", port, drain_timeout_s=1.0)
-        async with httpx.AsyncClient() as client:
+        async with httpx2.AsyncClient() as client:
             await client.get(f"http://127.0.0.1:{port}/", headers={"X-Forwarded-For": "10.9.8.7"})
         await door.close()
 
@@ -132,7 +132,7 @@ def test_nobody_names_his_own_address() -> None:
 
 def test_a_bug_is_a_500_without_its_text() -> None:
     async def use(slow: Slow, door: HttpDoor, url: str) -> None:
-        async with httpx.AsyncClient() as client:
+        async with httpx2.AsyncClient() as client:
             for _ in range(2):
                 answer = await client.get(f"{url}/broken")
                 assert (answer.status_code, answer.text) == (500, "Internal Server Error")
@@ -156,7 +156,7 @@ def test_a_port_that_becomes_free_is_taken() -> None:
             opening = asyncio.create_task(HttpDoor.open(Slow().app, "127.0.0.1", port, drain_timeout_s=1.0))
             await asyncio.sleep(0.15)
         door = await opening
-        async with httpx.AsyncClient() as client:
+        async with httpx2.AsyncClient() as client:
             assert (await client.get(f"http://127.0.0.1:{port}/nothing")).status_code == 404
         await door.close()
 

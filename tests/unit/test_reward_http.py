@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 
-import httpx
+import httpx2
 import pytest
 
 from raylign.types import RewardScore
@@ -23,7 +23,7 @@ def test_the_client_gets_what_the_process_computes(form) -> None:
     app = app_of(token="s3cret")
 
     async def remote():
-        transport = httpx.ASGITransport(app)
+        transport = httpx2.ASGITransport(app)
         async with RewardClient("http://test", "s3cret", form, transport=transport, max_samples=2) as client:
             return await client.score(SAMPLES), await client.score(SAMPLES, only=["large"]), await client.rewards()
 
@@ -166,9 +166,9 @@ async def _drip(data: bytes):
 @pytest.mark.parametrize("form", ["json", "multipart"])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_above_the_cap_is_a_413(form: str, chunked: bool) -> None:
-    request = httpx.Request("POST", "http://test", json=_body(inline()))
+    request = httpx2.Request("POST", "http://test", json=_body(inline()))
     if form == "multipart":
-        request = httpx.Request("POST", "http://test", files=_parts(("request", "{}"), ("x", PNG)))
+        request = httpx2.Request("POST", "http://test", files=_parts(("request", "{}"), ("x", PNG)))
     content, headers = request.read(), {"Content-Type": request.headers["Content-Type"]}
     response = with_app(post(content=_drip(content) if chunked else content, headers=headers), max_body_bytes=1000)
     assert "1000 bytes" in refused(response, 413)

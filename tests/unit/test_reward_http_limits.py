@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 import uvicorn
@@ -64,7 +64,7 @@ def test_a_full_house_is_a_503_and_empties_again() -> None:
         inside.release()
         await gate.wait()
 
-    async def crowd(client: httpx.AsyncClient) -> list[httpx.Response]:
+    async def crowd(client: httpx2.AsyncClient) -> list[httpx2.Response]:
         body = {"samples": texts("a")}
         first = [asyncio.create_task(client.post("/v1/score", json=body)) for _ in range(2)]
         for _ in first:
@@ -90,7 +90,7 @@ def test_many_who_ask_for_readiness_are_one_question() -> None:
 
     backend = Counting()
 
-    async def crowd(client: httpx.AsyncClient) -> list[int]:
+    async def crowd(client: httpx2.AsyncClient) -> list[int]:
         asking = [asyncio.create_task(client.get("/v1/readyz")) for _ in range(20)]
         await asyncio.sleep(0.05)
         asking.pop(0).cancel()
@@ -173,7 +173,7 @@ def test_multipart_has_no_more_parts_than_samples_can_name() -> None:
 
 
 def test_one_address_can_be_slowed_down() -> None:
-    async def three(client: httpx.AsyncClient) -> list[httpx.Response]:
+    async def three(client: httpx2.AsyncClient) -> list[httpx2.Response]:
         return [await client.get("/v1/rewards") for _ in range(3)]
 
     answers = with_app(three, max_requests_per_s=2.0)
@@ -186,7 +186,7 @@ def test_a_repeated_request_repeats_the_answer() -> None:
     backend = LocalBackend(LENGTH)
     body = {"samples": texts("abc"), "request_id": "r1"}
 
-    async def several(client: httpx.AsyncClient) -> list[httpx.Response]:
+    async def several(client: httpx2.AsyncClient) -> list[httpx2.Response]:
         other = {**body, "samples": texts("abcd")}
         return [
             await client.post("/v1/score", json=body),
@@ -208,7 +208,7 @@ def test_multipart_requests_are_the_same_under_another_boundary() -> None:
     image = {"encoding": "part", "mime": "image/png", "part": "x"}
     head = json.dumps({"request_id": "r", "samples": [{"id": "a", "prompt": "p", "image": image}]})
 
-    async def twice(client: httpx.AsyncClient) -> list[httpx.Response]:
+    async def twice(client: httpx2.AsyncClient) -> list[httpx2.Response]:
         files = {"request": ("r", head, "application/json"), "x": ("x", encode_png(IMAGES_GHWC[0]), "image/png")}
         return [await client.post("/v1/score", files=files) for _ in range(2)]
 
@@ -220,7 +220,7 @@ def test_multipart_requests_are_the_same_under_another_boundary() -> None:
 def test_refusals_are_not_remembered() -> None:
     body = {"samples": texts("abc"), "request_id": "r1", "rewards": [{"name": "nobody"}]}
 
-    async def twice(client: httpx.AsyncClient) -> list[int]:
+    async def twice(client: httpx2.AsyncClient) -> list[int]:
         good = {**body, "rewards": [{"name": "length"}]}
         return [(await client.post("/v1/score", json=each)).status_code for each in (body, good)]
 
@@ -317,14 +317,14 @@ def test_a_client_that_hangs_up_stops_its_work(server: Server, waiting: Waiting)
         assert waiting.entered.wait(10)
     assert waiting.cancelled.wait(10)
     # The next one is served as if nothing had happened.
-    after = httpx.post(f"http://127.0.0.1:{server.port}/v1/score", json={"samples": texts("abc")})
+    after = httpx2.post(f"http://127.0.0.1:{server.port}/v1/score", json={"samples": texts("abc")})
     assert after.json()["counts"] == {"ok": 1}
 
 
 def test_a_client_that_hangs_up_in_its_body_is_forgotten(server: Server) -> None:
     with _send(server, _post_head(1000), b'{"samples"'):
         pass
-    after = httpx.post(f"http://127.0.0.1:{server.port}/v1/score", json={"samples": texts("abc")})
+    after = httpx2.post(f"http://127.0.0.1:{server.port}/v1/score", json={"samples": texts("abc")})
     assert after.json()["counts"] == {"ok": 1}
 
 
@@ -337,7 +337,7 @@ def test_large_bodies_are_read_like_small_ones() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
     files = {"request": ("r", head, "application/json"), "p": ("p", encode_png(noise), "image/png")}
 
-    async def twice(client: httpx.AsyncClient, **kwargs) -> list[httpx.Response]:
+    async def twice(client: httpx2.AsyncClient, **kwargs) -> list[httpx2.Response]:
         return [await client.post("/v1/score", **kwargs) for _ in range(2)]
 
     assert len(encode_png(noise)) > THREAD_BYTES
