@@ -189,7 +189,8 @@ def remove(stages: Sequence[Sequence[str]], drain_timeout_s: float, with_serve: 
         # Nobody needs the last stage's answers, unless Serve itself stays and the cluster goes away right after.
         if place + 1 < len(stages) or not with_serve:
             _wait_until_gone(stage, drain_timeout_s + _DELETE_MARGIN_S)
-    if with_serve and set(serve.status().applications) <= ours:
+    others = {name for name, app in serve.status().applications.items() if app.status != "DELETING"} - ours
+    if with_serve and not others:
         serve.shutdown()
 
 

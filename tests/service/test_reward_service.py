@@ -15,6 +15,7 @@ import httpx2
 import numpy as np
 import psutil
 import pytest
+from ray import serve
 
 from raylign.errors import ClusterError
 from raylign.types import Prompt, RewardBreakdown, RewardSample
@@ -67,6 +68,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardService]
         running = asyncio.run(start())
         yield running
         running.shutdown()
+        serve.shutdown()  # whatever a test left there: this process would take its handle for the next cluster's
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartedCluster
         environment.setenv("RAYLIGN_REWARD_TOKEN", TOKEN)  # the workers inherit it
         with local_cluster(num_cpus=16, run_dir=tmp_path_factory.mktemp("serving")) as started:
             yield started
+            serve.shutdown()
 
 
 @pytest.fixture
