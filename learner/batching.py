@@ -1,17 +1,19 @@
 """From groups to what one optimiser step eats: rows, blocks, micro-batches, and the denominators.
 
-    groups ──▶ units ──▶ updates ──▶ ranks ──▶ blocks ──▶ micro-batches (one trained step of a block's rows)
+    groups ──▶ units ──▶ epochs × updates ──▶ ranks ──▶ blocks ──▶ micro-batches (one item of each of a block's rows)
 
-A *unit* is what is never cut. For an algorithm that scores rollout log-probs it is `micro_batch_size` consecutive
-rows, failed ones included; with the rollouts' chunk size these are the very rows that went through the network
-together (a chunk is several whole groups or an even part of one), so the learner re-scores tensors of the rollout's
-shapes and an on-policy ratio is exactly 1. Failed rows are zeros there, and masked. For forward-process algorithms a
-unit is one valid sample, and a block is up to `micro_batch_size` of them.
+An *item* is what one backward pass takes of a sample: a sampler step of a picture, one noised canvas of a text.
+
+A *unit* is what is never cut. For an algorithm that needs CHUNKS it is `micro_batch_size` consecutive rows, failed
+ones included; with the rollouts' chunk size these are the very rows that went through the network together (a chunk
+is several whole groups or an even part of one), so the learner re-scores tensors of the rollout's shapes and an
+on-policy ratio is exactly 1. Failed rows are zeros there, and masked. For other algorithms a unit is one valid
+sample, and a block is up to `micro_batch_size` of them.
 
 Units keep the order of the groups; update u of U takes the u-th contiguous part, rank r of R the r-th contiguous part
-of that, parts differing by one unit at most. Nothing is shuffled, so nothing depends on where a sample was made.
-A loss is a sum over items divided by `num_items` of the whole update, so neither the cut into micro-batches nor the
-number of ranks changes a gradient (up to rounding).
+of that, parts differing by one unit at most. Nothing is shuffled, so nothing depends on where a sample was made. Each
+epoch goes over all units again. A loss is a sum over items divided by the `denominator` of the whole update, so
+neither the cut into micro-batches nor the number of ranks changes a gradient (up to rounding).
 """
 
 from __future__ import annotations
@@ -24,9 +26,12 @@ import torch
 
 from raylign.errors import ConfigError, NumericsError, ShapeError
 from raylign.models.base import Conditioning, join_conditioning
-from raylign.types import Advantage, Needs, RolloutGroup, SampleKey
+from raylign.models.tokens import TokenPrompts, join_prompts
+from raylign.types import Advantage, Needs, RolloutGroup, SampleKey, TokenTrajectory
 
 T = TypeVar("T")
+ABSENT = -1
+"""The item number of a sample that has fewer items than others."""
 
 
 class Row(NamedTuple):

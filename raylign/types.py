@@ -1,6 +1,6 @@
 """Raylign's nouns. Frozen dataclasses, because tensors stay out of pydantic and nothing is edited in flight.
 
-    Prompt ──▶ RolloutGroup (G siblings: Rollout × G, one LatentTrajectory, one conditioning)
+    Prompt ──▶ RolloutGroup (G siblings: Rollout × G, one trajectory of latents or of tokens, one conditioning)
            ──▶ RewardScore / RewardBreakdown on each Rollout ──▶ Advantage ──▶ TrainBatch (learner/batching.py)
 
 The group is the unit of credit, of buffering and of failure. Tensors of a group are batched over its siblings
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from raylign.models.base import Conditioning
+    from raylign.models.tokens import TokenPrompts
 
 JsonValue = str | int | float | bool | None | Sequence["JsonValue"] | Mapping[str, "JsonValue"]
 WeightVersion = int
@@ -39,6 +40,8 @@ class Needs(Flag):
     """The policy of weight version 0."""
     OLD = auto()
     """A slowly following copy of the policy."""
+    CHUNKS = auto()
+    """Samples trained on in the very batches they were drawn in, so that an equal policy rounds equally."""
 
 
 class RolloutStatus(StrEnum):
@@ -146,6 +149,39 @@ class LatentTrajectory:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenTrajectory:
+    """What a text sampler recorded for G siblings of L response positions; on the CPU.
+
+    tokens_GL: int64, the final canvas, with whatever follows the first end token.
+    reveal_step_GL: int64, the denoising step (from 0) that revealed each position. With the tokens it gives back
+    every canvas on the way, as nothing is ever remasked.
+    rollout_logprob_GL: fp32, log-prob of each token when it was revealed, as sampled (temperature, top-p, guidance).
+    plain_logprob_GL: fp32, the same under the bare policy (temperature 1, no top-p, no guidance).
+    nfe_G: int64, calls of the network while the row was not done. cached_calls_G: int64, those of them that computed
+    a part of the positions only.
+    log_gamma_G: fp32, log of each row's entropy budget; None for samplers without one.
+    budget_features_GD: fp32, what the budget head was told; None where no head chose the budgets.
+    """
+
+    tokens_GL: torch.Tensor
+    reveal_step_GL: torch.Tensor
+    rollout_logprob_GL: torch.Tensor
+    plain_logprob_GL: torch.Tensor
+    nfe_G: torch.Tensor
+    cached_calls_G: torch.Tensor
+    log_gamma_G: torch.Tensor | None = None
+    budget_features_GD: torch.Tensor | None = None
+
+    def rows(self, index: slice | torch.Tensor) -> TokenTrajectory:
+        """A selection of siblings, with bytes of its own."""
+        return TokenTrajectory(*(None if t is None else t[index].clone() for t in self.tensors()))  # type: ignore[arg-type]
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Every field, in order."""
+        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """One attempt at a prompt. Versions are the oldest and newest weights used while it was made."""
 
@@ -170,9 +206,11 @@ class RolloutGroup:
     sequence: int
     """Place in the run's prompt stream; the buffer hands groups out in this order."""
     rollouts: tuple[Rollout, ...]
-    trajectory: LatentTrajectory
-    conditioning: Conditioning
+    trajectory: LatentTrajectory | TokenTrajectory
+    conditioning: Conditioning | TokenPrompts
     images_GHWC: np.ndarray | None = None
+    texts: tuple[str, ...] | None = None
+    """What each sibling wrote, for text models."""
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])
     """This group's share of the time its batch took, by phase ("sample", "decode")."""
 
@@ -201,9 +239,9 @@ class RolloutGroup:
         )
         return replace(self, rollouts=rollouts, seconds={**self.seconds, "reward": seconds})
 
-    def without_images(self) -> RolloutGroup:
-        """The same group without decoded pictures: what the learner needs."""
-        return replace(self, images_GHWC=None)
+    def without_outputs(self) -> RolloutGroup:
+        """The same group without decoded pictures or texts: what the learner needs."""
+        return replace(self, images_GHWC=None, texts=None)
 
 
 def _status_after(status: RolloutStatus, reward: RewardBreakdown) -> RolloutStatus:
@@ -214,10 +252,14 @@ def _status_after(status: RolloutStatus, reward: RewardBreakdown) -> RolloutStat
 
 @dataclass(frozen=True, slots=True)
 class Advantage:
-    """Credit for one group, assigned by an algorithm. Failed siblings carry 0 and are not in `valid_G`."""
+    """Credit for one group, assigned by an algorithm. Failed siblings carry 0 and are not in `valid_G`.
+
+    budget_adv_G: credit for each row's choice of entropy budget, where a head chose them.
+    """
 
     adv_G: torch.Tensor
     valid_G: torch.Tensor
+    budget_adv_G: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,7 +199,7 @@ class Controller:
         """One step of the learner: credit, then gradients and updates. Old weights are out before they change."""
         metrics: dict[str, float] = {}
         with _timed(self._timeline, "credit"):
-            metrics |= await self._learner.begin_step([group.without_images() for group in groups], step)
+            metrics |= await self._learner.begin_step([group.without_outputs() for group in groups], step)
         results: list[StepResult] = []
         for update in range(self._config.learner.updates_per_step):
             with _timed(self._timeline, "train"):
