@@ -64,6 +64,42 @@ def group_advantages(
     return advantages
 
 
+Baseline = Literal["mean", "leave_one_out"]
+"""What a sample is compared with: the mean of its group, or of its siblings alone."""
+SampleStd = Literal["none", "population", "sample"]
+"""What its advantage is divided by: nothing, or the group's deviation (biased, or with one degree less)."""
+
+
+def relative_advantages(
+    rewards: Sequence[Sequence[float | None]],
+    baseline: Baseline = "mean",
+    std: SampleStd = "none",
+    eps: float = STD_EPS,
+) -> list[Advantage]:
+    """A = (r - baseline) / (std + eps): the advantages of the diffusion-LM papers, one Advantage per group.
+
+    "leave_one_out" is n / (n - 1) times "mean" over the n valid siblings. A deviation of 0 gives 0, as in dLLM-RL.
+    Failed samples (None, NaN) enter nothing and carry 0. Raises NumericsError for an infinite reward.
+    """
+    advantages: list[Advantage] = []
+    for group in rewards:
+        values = _rewards_tensor(group)
+        ok = ~torch.isnan(values)
+        count = int(ok.sum())
+        adv = _centred(values, ok)
+        if baseline == "leave_one_out" and count > 1:
+            adv = adv * count / (count - 1)
+        if std != "none":
+            spread = _biased_std(values[ok])
+            if std == "sample" and count > 1:
+                spread = spread * math.sqrt(count / (count - 1))
+            adv = adv / (spread + eps)
+        if not bool(torch.isfinite(adv).all()):
+            raise NumericsError(f"advantages of rewards {values.tolist()} are not finite; rescale the reward")
+        advantages.append(Advantage(adv.float(), ok))
+    return advantages
+
+
 WeighedRewards = Mapping[str, tuple[float, float]]
 """One sample's rewards: (value, weight) by name."""
 

@@ -18,6 +18,7 @@ neither the cut into micro-batches nor the number of ranks changes a gradient (u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
@@ -43,18 +44,20 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """N samples, each at one of its trained steps; what a loss sees. fp32, on the policy's device but for step_N.
+    """N pictures, each at one of its trained steps; what an image loss sees. fp32, on the policy's device.
 
-    step_N: index into the sampler's steps, on the CPU. valid_N: False for rows that only keep a chunk's shape.
-    states_NS1CHW and rollout_logprob_NS are there when the algorithm needs STEPS and LOGPROBS.
+    item_N: index into the sampler's steps, on the CPU. valid_N: False for rows that only keep a chunk's shape.
+    epoch: how often the step's samples were gone over before. states_NS1CHW and rollout_logprob_NS are there when the
+    algorithm needs STEPS and LOGPROBS.
     """
 
     keys: tuple[SampleKey, ...]
-    step_N: torch.Tensor
-    final_NCHW: torch.Tensor
+    item_N: torch.Tensor
     adv_N: torch.Tensor
     valid_N: torch.Tensor
+    epoch: int
     conditioning: Conditioning
+    final_NCHW: torch.Tensor
     states_NS1CHW: torch.Tensor | None = None
     rollout_logprob_NS: torch.Tensor | None = None
 
@@ -74,73 +77,151 @@ class MicroBatch:
 
     def only_step(self) -> int:
         """The step all rows share. Raises ShapeError if they do not."""
-        steps = set(self.step_N.tolist())
+        steps = set(self.item_N.tolist())
         if len(steps) != 1:
             raise ShapeError(f"this loss takes one sampler step per micro-batch, got steps {sorted(steps)}")
         return int(steps.pop())
 
 
 @dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """N texts, each at one of its items; what a text loss sees. On the policy's device, `item_N` on the CPU.
+
+    `tokens` is the trajectory of the rows, axis G read as N; `prompts` are padded to the longest of the rows.
+    budget_adv_N: credit for the choice of entropy budget, 0 where there is none. on_policy: the weights have not
+    changed since the step began.
+    """
+
+    keys: tuple[SampleKey, ...]
+    item_N: torch.Tensor
+    adv_N: torch.Tensor
+    valid_N: torch.Tensor
+    epoch: int
+    prompts: TokenPrompts
+    tokens: TokenTrajectory
+    budget_adv_N: torch.Tensor
+    on_policy: bool = True
+
+    def to(self, device: torch.device) -> TokenBatch:
+        return replace(
+            self,
+            adv_N=self.adv_N.to(device),
+            valid_N=self.valid_N.to(device),
+            prompts=self.prompts.to(device),
+            tokens=self.tokens.to(device),
+            budget_adv_N=self.budget_adv_N.to(device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """What one optimiser step of one rank eats. `num_items` counts the valid items of *all* ranks."""
+    """What one optimiser step of one rank eats.
+
+    `denominator` is the summed share of the valid samples of *all* ranks, which the update's loss is divided by;
+    `num_items` counts their items, for means of metrics. on_policy: it is the first of its step.
+    """
 
     blocks: tuple[tuple[Row, ...], ...]
+    denominator: float
     num_items: int
+    epoch: int
+    on_policy: bool
     data: StepData
 
-    def micro_batches(self) -> Iterator[MicroBatch]:
-        """Block by block, step by step, in order; blocks without a valid row are skipped."""
+    def micro_batches(self) -> Iterator[MicroBatch | TokenBatch]:
+        """Block by block, item by item, in order; without blocks that have no valid row, and without absent items."""
         for rows in self.blocks:
             if not any(self.data.is_valid(row) for row in rows):
                 continue
-            block = self.data.gather(rows)
-            steps_NS = self.data.steps_NS(rows)
-            for k in range(steps_NS.shape[1]):
-                yield replace(block, step_N=steps_NS[:, k])
+            items_NK = self.data.items_NK(rows)
+            everyone = self.data.gather(rows, self.epoch)
+            for k in range(items_NK.shape[1]):
+                present = [row for row, item in zip(rows, items_NK[:, k].tolist(), strict=True) if item != ABSENT]
+                if not present:
+                    continue
+                batch = everyone if len(present) == len(rows) else self.data.gather(present, self.epoch)
+                batch = replace(batch, item_N=items_NK[items_NK[:, k] != ABSENT, k])
+                yield replace(batch, on_policy=self.on_policy) if isinstance(batch, TokenBatch) else batch
 
 
 @dataclass(frozen=True, slots=True)
 class StepData:
-    """All groups of one learner step, each with its credit and its trained sampler steps ((G, K) int64)."""
+    """All groups of one learner step, each with its credit.
+
+    items: (G, K) int64 per group, the same K for all; ABSENT where a sample has fewer.
+    shares: (G,) per group, what each sample counts in the loss's denominator.
+    """
 
     groups: Sequence[RolloutGroup]
     advantages: Sequence[Advantage]
-    steps: Sequence[torch.Tensor]
+    items: Sequence[torch.Tensor]
+    shares: Sequence[torch.Tensor]
     needs: Needs
 
     def is_valid(self, row: Row) -> bool:
         return bool(self.advantages[row.group].valid_G[row.sibling])
 
-    def steps_NS(self, rows: Sequence[Row]) -> torch.Tensor:
-        return torch.stack([self.steps[row.group][row.sibling] for row in rows])
+    def items_NK(self, rows: Sequence[Row]) -> torch.Tensor:
+        return torch.stack([self.items[row.group][row.sibling] for row in rows])
 
-    def gather(self, rows: Sequence[Row]) -> MicroBatch:
-        """The rows as one batch, step_N still 0. Raises NumericsError naming a valid sample that is not finite."""
+    def num_items(self, row: Row) -> int:
+        """How many items a sample has."""
+        return int((self.items[row.group][row.sibling] != ABSENT).sum())
+
+    def share(self, row: Row) -> float:
+        """What a sample counts in the denominator."""
+        return float(self.shares[row.group][row.sibling])
+
+    def gather(self, rows: Sequence[Row], epoch: int) -> MicroBatch | TokenBatch:
+        """The rows as one batch, item_N still 0. Raises NumericsError naming a valid sample that is not finite."""
+        keys = tuple(self.groups[row.group].rollouts[row.sibling].key for row in rows)
+        item_N = torch.zeros(len(rows), dtype=torch.int64)
+        adv_N = torch.stack([self.advantages[row.group].adv_G[row.sibling] for row in rows])
+        valid_N = torch.tensor([self.is_valid(row) for row in rows])
+        told = [self.groups[row.group].conditioning.rows(slice(0, 1)) for row in rows]
+        if isinstance(self.groups[rows[0].group].trajectory, TokenTrajectory):
+            prompts = join_prompts([one for one in told if isinstance(one, TokenPrompts)])
+            return TokenBatch(keys, item_N, adv_N, valid_N, epoch, prompts, self._tokens(rows), self._budget_adv(rows))
         states = logprobs = None
         if Needs.STEPS in self.needs:
             states = torch.stack([self._row(row, "states_GS1CHW") for row in rows])
         if Needs.LOGPROBS in self.needs:
             logprobs = torch.stack([self._row(row, "rollout_logprob_GS") for row in rows])
         return MicroBatch(
-            keys=tuple(self.groups[row.group].rollouts[row.sibling].key for row in rows),
-            step_N=torch.zeros(len(rows), dtype=torch.int64),
+            keys,
+            item_N,
+            adv_N,
+            valid_N,
+            epoch,
+            conditioning=join_conditioning([one for one in told if isinstance(one, Conditioning)]),
             final_NCHW=torch.stack([self._row(row, "final_GCHW") for row in rows]),
-            adv_N=torch.stack([self.advantages[row.group].adv_G[row.sibling] for row in rows]),
-            valid_N=torch.tensor([self.is_valid(row) for row in rows]),
-            conditioning=join_conditioning([self.groups[row.group].conditioning.rows(slice(0, 1)) for row in rows]),
             states_NS1CHW=states,
             rollout_logprob_NS=logprobs,
         )
 
+    def _tokens(self, rows: Sequence[Row]) -> TokenTrajectory:
+        """The rows' trajectories as one; every field of a valid row is finite."""
+        columns: list[torch.Tensor | None] = []
+        for name in TokenTrajectory.__dataclass_fields__:
+            absent = getattr(self.groups[rows[0].group].trajectory, name) is None
+            columns.append(None if absent else torch.stack([self._row(row, name) for row in rows]))
+        return TokenTrajectory(*columns)  # type: ignore[arg-type]  # in the order of its fields
+
+    def _budget_adv(self, rows: Sequence[Row]) -> torch.Tensor:
+        credit = [(self.advantages[row.group].budget_adv_G, row.sibling) for row in rows]
+        return torch.stack([torch.zeros(()) if adv_G is None else adv_G[place] for adv_G, place in credit])
+
     def _row(self, row: Row, field: str) -> torch.Tensor:
-        """One sibling's tensor, fp32; zeros for a failed one, whose values may be anything, NaN included."""
+        """One sibling's tensor; zeros for a failed one, whose values may be anything, NaN included."""
         group = self.groups[row.group]
         tensor: torch.Tensor | None = getattr(group.trajectory, field)
         if tensor is None:
             raise ShapeError(
                 f"group {group.prompt.id!r} has no {field}, which the algorithm needs; record it in rollouts"
             )
-        values = tensor[row.sibling].float()
+        values = tensor[row.sibling]
+        if values.is_floating_point():
+            values = values.float()
         if not self.is_valid(row):
             return torch.zeros_like(values)
         if not bool(torch.isfinite(values).all()):
@@ -149,13 +230,13 @@ class StepData:
 
 
 def cut(
-    data: StepData, *, num_updates: int, rank: int, num_ranks: int, micro_batch_size: int
+    data: StepData, *, num_epochs: int, num_updates: int, rank: int, num_ranks: int, micro_batch_size: int
 ) -> tuple[TrainBatch, ...]:
-    """The batches of one rank, one per update, by the rules of the module's docstring.
+    """The batches of one rank, one per update of each epoch, by the rules of the module's docstring.
 
     Raises ConfigError if there are fewer units than updates: an update would have nothing to learn from.
     """
-    whole_chunks = Needs.LOGPROBS in data.needs
+    whole_chunks = Needs.CHUNKS in data.needs
     rows = [Row(index, sibling) for index, group in enumerate(data.groups) for sibling in range(group.group_size)]
     units = _blocks(rows, micro_batch_size) if whole_chunks else [(row,) for row in rows if data.is_valid(row)]
     if len(units) < num_updates:
@@ -164,13 +245,22 @@ def cut(
             "lower it, or raise groups_per_step"
         )
     batches: list[TrainBatch] = []
-    for update in range(num_updates):
-        mine = share(units, update, num_updates)
-        valid = [row for unit in mine for row in unit if data.is_valid(row)]
-        num_items = len(valid) * (data.steps[0].shape[1] if data.steps else 0)
-        shard = share(mine, rank, num_ranks)
-        blocks = shard if whole_chunks else _blocks([row for unit in shard for row in unit], micro_batch_size)
-        batches.append(TrainBatch(tuple(blocks), num_items, data))
+    for epoch in range(num_epochs):
+        for update in range(num_updates):
+            mine = share(units, update, num_updates)
+            valid = [row for unit in mine for row in unit if data.is_valid(row)]
+            shard = share(mine, rank, num_ranks)
+            blocks = shard if whole_chunks else _blocks([row for unit in shard for row in unit], micro_batch_size)
+            batches.append(
+                TrainBatch(
+                    tuple(blocks),
+                    denominator=math.fsum(data.share(row) for row in valid),
+                    num_items=sum(data.num_items(row) for row in valid),
+                    epoch=epoch,
+                    on_policy=epoch == 0 and update == 0,
+                    data=data,
+                )
+            )
     return tuple(batches)
 
 

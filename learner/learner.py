@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from learner.advantages import credit_metrics
-from learner.algorithms import AlgorithmConfig, make_algorithm
-from learner.batching import StepData, TrainBatch, cut
+from learner.algorithms import AlgorithmConfig, LossSetting, make_algorithm
+from learner.batching import ABSENT, StepData, TrainBatch, cut
 from learner.parallel import GradientBucket, RankGroup
 from learner.policies import PolicySet, PolicyTensors, check_names, decay_towards
 from learner.state import LearnerState
@@ -26,8 +26,8 @@ from learner.tally import MetricTally
 from raylign.config import Config
 from raylign.errors import CheckpointError, RewardError
 from raylign.models.base import Conditioning, DenoisingPolicy
+from raylign.models.tokens import BUDGET_HEAD, TokenPolicy, TokenPrompts, finite_logits
 from raylign.precision import Precision
-from raylign.samplers import Sampler
 from raylign.types import Needs, RolloutGroup, StepResult, WeightVersion
 from raylign.weights import WeightSnapshot
 
@@ -52,7 +52,11 @@ class LearnerConfig(Config):
     warmup_steps: int = Field(default=0, ge=0)
     """Optimiser steps over which the learning rate rises linearly."""
     updates_per_step: int = Field(default=1, ge=1)
-    """Optimiser steps per learner step; each takes its share of the step's samples."""
+    """Optimiser steps per pass over the step's samples; each takes its share of them."""
+    epochs_per_step: int = Field(default=1, ge=1)
+    """Passes over each step's samples (the inner updates mu of the diffusion-LM papers)."""
+    budget_lr_scale: float = Field(default=50.0, gt=0)
+    """The budget head's learning rate over `lr`; it has a gradient clip of its own."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Samples per forward; the rollout chunk size when not given. With Flow-GRPO another size makes the on-policy
     ratio differ from 1 by rounding."""
@@ -67,6 +71,11 @@ class LearnerConfig(Config):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
+    @property
+    def num_updates(self) -> int:
+        """Optimiser steps per learner step."""
+        return self.epochs_per_step * self.updates_per_step
+
 
 class Learner:
     """See the module's docstring. Methods are called in its order, on every rank alike."""
@@ -75,20 +84,22 @@ class Learner:
         self,
         config: LearnerConfig,
         algorithm_config: AlgorithmConfig,
-        policy: DenoisingPolicy,
-        sampler: Sampler,
+        policy: DenoisingPolicy | TokenPolicy,
+        sampler: Any,
         guidance_scale: float,
         micro_batch_size: int,
         run_seed: int,
         ranks: RankGroup | None = None,
     ) -> None:
-        """`policy` is loaded with role "learner"; `sampler` and `guidance_scale` are the rollouts'.
+        """`policy` is loaded with role "learner"; `sampler` (of pictures or of tokens) and
+        `guidance_scale` are the rollouts'.
 
         `micro_batch_size` is what `config.micro_batch_size` resolves to: the rollout chunk size when it is None.
         """
         self.config = config
         self.policy = policy
-        self.algorithm = make_algorithm(algorithm_config, sampler, guidance_scale)
+        setting = LossSetting(sampler, guidance_scale, getattr(policy, "vocabulary", None), config.epochs_per_step)
+        self.algorithm = make_algorithm(algorithm_config, setting)
         self._ranks = ranks or RankGroup.single()
         self._micro_batch_size = micro_batch_size
         self._run_seed = run_seed
@@ -99,8 +110,12 @@ class Learner:
         needs = self.algorithm.needs
         self.policies = PolicySet(policy, config.precision, old=Needs.OLD in needs, reference=Needs.REFERENCE in needs)
         self._bucket = GradientBucket(self._parameters.values())
+        heads = [p for name, p in self._parameters.items() if name.startswith(BUDGET_HEAD)]
+        self._network = [p for name, p in self._parameters.items() if not name.startswith(BUDGET_HEAD)]
+        self._heads = heads
+        self._lr_scales = (1.0, config.budget_lr_scale) if heads else (1.0,)
         self._optimizer = torch.optim.AdamW(
-            self._parameters.values(),
+            [{"params": self._network}, *([{"params": heads, "weight_decay": 0.0}] if heads else [])],
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
@@ -124,10 +139,13 @@ class Learner:
         metrics = credit_metrics(groups, advantages)
         if metrics["batch/valid_samples"] == 0:
             raise RewardError(f"step {step}: none of the {len(groups)} groups has a sample with a reward")
-        keys = [[rollout.key for rollout in group.rollouts] for group in groups]
-        trained = [self.algorithm.items(group_keys, self._run_seed, step) for group_keys in keys]
+        items = [self.algorithm.items(group, self._run_seed, step) for group in groups]
+        most = max(one.shape[1] for one in items)
+        items = [torch.nn.functional.pad(one, (0, most - one.shape[1]), value=ABSENT) for one in items]
+        shares = [self.algorithm.shares(group) for group in groups]
         self._batches = cut(
-            StepData(groups, advantages, trained, self.algorithm.needs),
+            StepData(groups, advantages, items, shares, self.algorithm.needs),
+            num_epochs=self.config.epochs_per_step,
             num_updates=self.config.updates_per_step,
             rank=self._ranks.rank,
             num_ranks=self._ranks.num_ranks,
@@ -148,7 +166,7 @@ class Learner:
             losses = self.algorithm.loss(self.policies, micro_batch)
             self._tally.add({"loss": losses.loss_N, **losses.metrics}, micro_batch.valid_N)
             # Rows that only keep a chunk's shape are left out by index: a product with 0 would let a NaN through.
-            (losses.loss_N[micro_batch.valid_N].sum() / batch.num_items).backward()
+            (losses.loss_N[micro_batch.valid_N].sum() / batch.denominator).backward()
 
     def optimise(self, update: int) -> StepResult:
         """Sum gradients over ranks, clip, and take one AdamW step.
@@ -163,41 +181,54 @@ class Learner:
         self._ranks.all_reduce_gradients(self._bucket)
         metrics |= self._tally.reduce(self._ranks, num_items)
         # After the reduction every rank holds the same numbers, so every rank decides alike.
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.config.grad_clip))
+        norm = float(torch.nn.utils.clip_grad_norm_(self._network, self.config.grad_clip))
         lr = self.config.lr * min(1.0, (self._num_optimiser_steps + 1) / max(1, self.config.warmup_steps))
         metrics |= {"grad/norm": norm, "learner/lr": lr}
-        if not (math.isfinite(norm) and math.isfinite(metrics["loss"])):
+        if self._heads:
+            metrics["grad/budget_norm"] = float(torch.nn.utils.clip_grad_norm_(self._heads, self.config.grad_clip))
+        decisive = ("grad/norm", "grad/budget_norm", "loss")
+        if not all(math.isfinite(metrics[name]) for name in decisive if name in metrics):
             return StepResult(metrics, finite=False)
-        for parameter_group in self._optimizer.param_groups:
-            parameter_group["lr"] = lr
+        for parameter_group, scale in zip(self._optimizer.param_groups, self._lr_scales, strict=True):
+            parameter_group["lr"] = lr * scale
         self._optimizer.step()
         self._num_optimiser_steps += 1
         return StepResult(metrics, finite=True)
 
     def end_step(self, step: int) -> dict[str, float]:
-        """Let the old policy follow, once per learner step. Drops the step's batches."""
+        """Let the old policy and the reference follow, once per learner step. Drops the step's batches."""
         self._batches = ()
-        old = self.policies.relatives.get("old")
-        if old is None:
-            return {}
-        decay = self.algorithm.old_decay(self._num_optimiser_steps)
-        decay_towards(self.policy, old, decay)
-        return {"learner/old_decay": decay}
+        metrics: dict[str, float] = {}
+        old, reference = self.policies.relatives.get("old"), self.policies.relatives.get("reference")
+        if old is not None:
+            metrics["learner/old_decay"] = self.algorithm.old_decay(self._num_optimiser_steps)
+            decay_towards(self.policy, old, metrics["learner/old_decay"])
+        if reference is not None and (decay := self.algorithm.reference_decay(step)) < 1:
+            decay_towards(self.policy, reference, decay)
+        return metrics
 
     def publish(self, version: WeightVersion, which: Which = "rollout") -> WeightSnapshot:
         """A verified snapshot of the policy that samples, or of the one being trained. A copy: safe to send."""
         return self.policy.export_weights(version, self._tensors(which))
 
-    def velocity(
-        self, state_BCHW: torch.Tensor, sigma_B: torch.Tensor, conditioning: Conditioning, which: Which = "rollout"
+    def predict(
+        self,
+        state: torch.Tensor,
+        sigma_B: torch.Tensor,
+        conditioning: Conditioning | TokenPrompts,
+        which: Which = "rollout",
     ) -> torch.Tensor:
-        """What a published policy predicts in the learner, without gradient or guidance: for parity checks."""
-        device = self.policy.device
-        state, sigma, told = state_BCHW.to(device), sigma_B.to(device), conditioning.to(device)
-        if self._tensors(which) is not None:
-            return self.policies.velocity_of("old", state, sigma, told)
+        """What a published policy predicts in the learner, without gradient or guidance: for parity checks.
+
+        Velocities of latents (B, C, H, W), or the logits of canvases (B, L), 0 where they are not finite.
+        """
+        device, relative = self.policy.device, None if self._tensors(which) is None else "old"
         with torch.no_grad():
-            return self.policies.velocity(state, sigma, told)
+            if isinstance(conditioning, TokenPrompts):
+                told = conditioning.to(device)
+                return finite_logits(self.policies.predict_tokens(state.to(device), told, relative))
+            inputs = state.to(device), sigma_B.to(device), conditioning.to(device)
+            return self.policies.velocity_of("old", *inputs) if relative else self.policies.velocity(*inputs)
 
     def weights_sha256(self) -> str:
         """Hash of the trained tensors: names, shapes, dtypes and contents."""

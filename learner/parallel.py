@@ -9,6 +9,7 @@ bucket is a few megabytes.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
@@ -104,3 +105,5 @@ class RankGroup:
         """Leave the group."""
         if self.num_ranks > 1 and distributed.is_initialized():
             distributed.destroy_process_group()
+            # A cycle that still holds the group would end its threads after the interpreter, which aborts the process.
+            gc.collect()

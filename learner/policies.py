@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
 from raylign.errors import WeightError
-from raylign.models.base import Conditioning, DenoisingPolicy, guided_velocity
+from raylign.models.base import Conditioning, guided_velocity
+from raylign.models.tokens import TokenPrediction, TokenPrompts
 from raylign.precision import Precision, autocast
 
 PolicyTensors = dict[str, torch.Tensor]
@@ -21,12 +22,18 @@ PolicyTensors = dict[str, torch.Tensor]
 Relative = Literal["old", "reference"]
 
 
-def clone_tensors(policy: DenoisingPolicy) -> PolicyTensors:
+class Trainable(Protocol):
+    """All that swapping tensors asks of a policy."""
+
+    def trainable_parameters(self) -> dict[str, torch.nn.Parameter]: ...
+
+
+def clone_tensors(policy: Trainable) -> PolicyTensors:
     """A copy of the policy's trainable tensors as they are now."""
     return {name: parameter.detach().clone() for name, parameter in policy.trainable_parameters().items()}
 
 
-def check_names(got: Mapping[str, torch.Tensor], policy: DenoisingPolicy, what: str) -> None:
+def check_names(got: Mapping[str, torch.Tensor], policy: Trainable, what: str) -> None:
     """Raise WeightError naming the first tensor of `got` that does not fit the policy's trainable ones."""
     parameters = policy.trainable_parameters()
     for name in sorted(set(parameters) ^ set(got)):
@@ -38,7 +45,7 @@ def check_names(got: Mapping[str, torch.Tensor], policy: DenoisingPolicy, what: 
 
 
 @contextmanager
-def using(policy: DenoisingPolicy, tensors: PolicyTensors) -> Generator[None]:
+def using(policy: Trainable, tensors: PolicyTensors) -> Generator[None]:
     """Inside, the policy's parameters hold `tensors`, and no gradient is recorded; afterwards they are as before.
 
     Do not nest it inside an autocast region: autocast would serve casts of the tensors it saw first.
@@ -55,7 +62,7 @@ def using(policy: DenoisingPolicy, tensors: PolicyTensors) -> Generator[None]:
             parameter.data = current[name]
 
 
-def decay_towards(policy: DenoisingPolicy, tensors: PolicyTensors, decay: float) -> None:
+def decay_towards(policy: Trainable, tensors: PolicyTensors, decay: float) -> None:
     """In place: tensors <- decay * tensors + (1 - decay) * current. At decay 0 an exact copy."""
     for name, parameter in policy.trainable_parameters().items():
         if decay == 0.0:
@@ -65,9 +72,10 @@ def decay_towards(policy: DenoisingPolicy, tensors: PolicyTensors, decay: float)
 
 
 class PolicySet:
-    """The current policy with the relatives an algorithm needs; what a loss asks for velocities."""
+    """The current policy with the relatives an algorithm needs; what a loss asks for velocities or logits."""
 
-    def __init__(self, policy: DenoisingPolicy, precision: Precision, *, old: bool, reference: bool) -> None:
+    def __init__(self, policy: Any, precision: Precision, *, old: bool, reference: bool) -> None:
+        """`policy` is a DenoisingPolicy, which answers velocities, or a TokenPolicy, which answers logits."""
         self.policy = policy
         self.precision: Precision = precision
         self.relatives: dict[Relative, PolicyTensors] = {}
@@ -100,3 +108,16 @@ class PolicySet:
         """A relative's velocity, without gradient. Ask before the current policy's: its graph reads the parameters."""
         with using(self.policy, self.relatives[relative]):
             return self.velocity(state_NCHW, sigma_N, conditioning, guidance_scale)
+
+    def predict_tokens(
+        self, canvas_NL: torch.Tensor, prompts: TokenPrompts, relative: Relative | None = None
+    ) -> TokenPrediction:
+        """The logits of a canvas: the current policy's, with gradient where the caller records one, or a relative's.
+
+        Ask relatives before the current policy: its graph reads the parameters.
+        """
+        if relative is not None:
+            with using(self.policy, self.relatives[relative]):
+                return self.predict_tokens(canvas_NL, prompts)
+        with autocast(self.precision, self.policy.device):
+            return self.policy.predict(canvas_NL, prompts)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from enum import Flag, StrEnum, auto
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from raylign.errors import ShapeError
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -176,6 +178,9 @@ class TokenTrajectory:
         """A selection of siblings, with bytes of its own."""
         return TokenTrajectory(*(None if t is None else t[index].clone() for t in self.tensors()))  # type: ignore[arg-type]
 
+    def to(self, device: torch.device) -> TokenTrajectory:
+        return TokenTrajectory(*(None if t is None else t.to(device) for t in self.tensors()))  # type: ignore[arg-type]
+
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """Every field, in order."""
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)
@@ -217,6 +222,20 @@ class RolloutGroup:
     @property
     def group_size(self) -> int:
         return len(self.rollouts)
+
+    @property
+    def latents(self) -> LatentTrajectory:
+        """The trajectory of a group of pictures. Raises ShapeError for texts."""
+        if not isinstance(self.trajectory, LatentTrajectory):
+            raise ShapeError(f"group {self.prompt.id!r} holds texts where pictures are wanted; check the model's type")
+        return self.trajectory
+
+    @property
+    def tokens(self) -> TokenTrajectory:
+        """The trajectory of a group of texts. Raises ShapeError for pictures."""
+        if not isinstance(self.trajectory, TokenTrajectory):
+            raise ShapeError(f"group {self.prompt.id!r} holds pictures where texts are wanted; check the model's type")
+        return self.trajectory
 
     @property
     def min_version(self) -> WeightVersion:

@@ -201,7 +201,7 @@ class Controller:
         with _timed(self._timeline, "credit"):
             metrics |= await self._learner.begin_step([group.without_outputs() for group in groups], step)
         results: list[StepResult] = []
-        for update in range(self._config.learner.updates_per_step):
+        for update in range(self._config.learner.num_updates):
             with _timed(self._timeline, "train"):
                 await self._learner.forward_backward(update)
             if hand_off is not None:
@@ -252,9 +252,9 @@ class Controller:
         """The parity gate: every actor and the learner predict alike, or the run stops before it trains on the gap."""
         with _timed(self._timeline, "parity"):
             probes = await self._fleet.probe_all(self._prompts.prompts[0].text)
-            velocity = await self._learner.velocity(probes[0])
-            gaps = [parity_gap(probe, velocity, self._config.parity_tolerance) for probe in probes]
-        self._parity = {"parity/velocity_gap": max(gaps)}
+            answer = await self._learner.predict(probes[0])
+            gaps = [parity_gap(probe, answer, self._config.parity_tolerance) for probe in probes]
+        self._parity = {"parity/gap": max(gaps)}
 
     async def _evaluate_if_due(self, version: WeightVersion) -> None:
         last = version == self._config.num_steps

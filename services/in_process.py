@@ -62,8 +62,8 @@ class LocalLearner:
     async def load(self, folder: Path) -> None:
         self._learner.load_state_dict(load_checkpoint(folder).state)
 
-    async def velocity(self, probe: Probe) -> torch.Tensor:
-        return self._learner.velocity(probe.state_BCHW, probe.sigma_B, probe.conditioning)
+    async def predict(self, probe: Probe) -> torch.Tensor:
+        return self._learner.predict(probe.state, probe.sigma_B, probe.conditioning)
 
     async def weights_sha256(self) -> str:
         return self._learner.weights_sha256()

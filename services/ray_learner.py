@@ -51,9 +51,9 @@ class RayLearner:
     async def load(self, folder: Path) -> None:
         await asyncio.gather(*(answer(rank.load.remote(str(folder))) for rank in self._ranks))
 
-    async def velocity(self, probe: Probe) -> torch.Tensor:
-        parts = probe.state_BCHW, probe.sigma_B, probe.conditioning
-        return (await self._first("learner_call", "velocity", *parts)).cpu()
+    async def predict(self, probe: Probe) -> torch.Tensor:
+        parts = probe.state, probe.sigma_B, probe.conditioning
+        return (await self._first("learner_call", "predict", *parts)).cpu()
 
     async def weights_sha256(self) -> str:
         return await self._first("learner_call", "weights_sha256")

@@ -66,8 +66,8 @@ class LearnerRole(Protocol):
         """Restore a checkpoint."""
         ...
 
-    async def velocity(self, probe: Probe) -> torch.Tensor:
-        """The published rollout policy's velocities in the learner, at a probe's states."""
+    async def predict(self, probe: Probe) -> torch.Tensor:
+        """What the published rollout policy answers in the learner, at a probe's states."""
         ...
 
     async def weights_sha256(self) -> str: ...

@@ -175,8 +175,8 @@ class FakeLearner:
     async def load(self, folder: Path) -> None:
         self.calls.append(("load", folder.name))
 
-    async def velocity(self, probe: Probe) -> torch.Tensor:
-        return probe.velocity_BCHW * (1 + self.parity_gap)
+    async def predict(self, probe: Probe) -> torch.Tensor:
+        return probe.answer * (1 + self.parity_gap)
 
     async def weights_sha256(self) -> str:
         return "0"

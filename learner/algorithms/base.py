@@ -1,20 +1,32 @@
-"""What an algorithm is: what it needs recorded, how it credits, which (sample, step) pairs it trains, and its loss."""
+"""What an algorithm is: what it needs recorded, how it credits, which items of a sample it trains, and its loss."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
-from learner.batching import MicroBatch
 from learner.policies import PolicySet
 from raylign.errors import ConfigError
-from raylign.types import Advantage, Needs, RolloutGroup, SampleKey
+from raylign.models.tokens import Vocabulary
+from raylign.types import Advantage, Needs, RolloutGroup
 
+BatchT_contra = TypeVar("BatchT_contra", contravariant=True)
 RolloutPolicy = Literal["current", "old"]
 """Whose weights rollout actors are given."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossSetting:
+    """What an algorithm is told of the run: the rollouts' sampler and guidance, passes per step, and for text the
+    vocabulary."""
+
+    sampler: Any
+    guidance_scale: float = 1.0
+    vocabulary: Vocabulary | None = None
+    num_epochs: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +41,8 @@ class ItemLosses:
     metrics: Mapping[str, torch.Tensor]
 
 
-class Algorithm(Protocol):
-    """One training method. Adding one: `learner/algorithms/__init__.py` holds the table."""
+class Algorithm(Protocol[BatchT_contra]):
+    """One training method, on MicroBatches (pictures) or TokenBatches. The table is in `learner/algorithms/__init__`."""
 
     metrics: tuple[str, ...]
     """Names that `loss` reports: always all of them, so that ranks agree on what to reduce."""
@@ -46,19 +58,27 @@ class Algorithm(Protocol):
         ...
 
     def credit(self, groups: Sequence[RolloutGroup]) -> list[Advantage]:
-        """One Advantage per group, from rewards alone."""
+        """One Advantage per group, from rewards and what the rollout cost."""
         ...
 
-    def items(self, keys: Sequence[SampleKey], run_seed: int, step: int) -> torch.Tensor:
-        """The sampler steps trained for each sample: (B, K) int64, the same K for all; drawn by key."""
+    def items(self, group: RolloutGroup, run_seed: int, step: int) -> torch.Tensor:
+        """What each sample is trained on, one backward pass each: (G, K) int64, drawn by key; ABSENT fills up."""
         ...
 
-    def loss(self, policies: PolicySet, batch: MicroBatch) -> ItemLosses:
+    def shares(self, group: RolloutGroup) -> torch.Tensor:
+        """What each sample counts in the denominator of its update's loss, (G,); the loss is a sum over items."""
+        ...
+
+    def loss(self, policies: PolicySet, batch: BatchT_contra) -> ItemLosses:
         """The loss of each item of a micro-batch."""
         ...
 
     def old_decay(self, num_optimiser_steps: int) -> float:
         """How much of the old policy survives one learner step; asked only if OLD is needed."""
+        ...
+
+    def reference_decay(self, step: int) -> float:
+        """How much of the reference survives learner step `step`: 1 for a frozen one. Asked only if it is needed."""
         ...
 
 

@@ -7,13 +7,13 @@ rollout's guidance and in the rollout's batch shapes, so that on policy the rati
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from learner.advantages import AdvantageStd, credit_groups
-from learner.algorithms.base import ItemLosses, RolloutPolicy, check_count, usable_steps
+from learner.algorithms.base import ItemLosses, LossSetting, RolloutPolicy, check_count, usable_steps
 from learner.batching import MicroBatch
 from learner.losses import KlSpace, clipped_policy_loss, norm_ratio, reference_kl
 from learner.policies import PolicySet
@@ -21,12 +21,13 @@ from raylign.config import Config
 from raylign.errors import ShapeError
 from raylign.keys import generator
 from raylign.samplers import Sampler
-from raylign.types import Advantage, Needs, RolloutGroup, SampleKey
+from raylign.types import Advantage, Needs, RolloutGroup
 
 
 class FlowGrpoConfig(Config):
     """Flow-GRPO with its Stable Diffusion 3.5 Medium setting (OCR and GenEval)."""
 
+    modality: ClassVar[str] = "image"
     type: Literal["flow_grpo"] = "flow_grpo"
     clip_range: float = Field(default=1e-4, gt=0, lt=1)
     """Ratios beyond 1 ± this get no gradient in the advantage's direction; small, as log-probs are means over dims."""
@@ -44,7 +45,7 @@ class FlowGrpoConfig(Config):
 
     @property
     def needs(self) -> Needs:
-        return Needs.STEPS | Needs.LOGPROBS | (Needs.REFERENCE if self.kl_weight > 0 else Needs(0))
+        return Needs.STEPS | Needs.LOGPROBS | Needs.CHUNKS | (Needs.REFERENCE if self.kl_weight > 0 else Needs(0))
 
     @property
     def rollout_policy(self) -> RolloutPolicy:
@@ -54,10 +55,11 @@ class FlowGrpoConfig(Config):
 class FlowGrpo:
     """See the module's docstring."""
 
-    def __init__(self, config: FlowGrpoConfig, sampler: Sampler, guidance_scale: float) -> None:
+    def __init__(self, config: FlowGrpoConfig, setting: LossSetting) -> None:
         self.config = config
+        sampler: Sampler = setting.sampler
         self._sampler = sampler
-        self._guidance_scale = guidance_scale
+        self._guidance_scale = setting.guidance_scale
         # The paper's code drops the last step: its density is too narrow for a ratio to mean anything.
         self._usable_steps = usable_steps(sampler.num_steps)
         asked = config.num_train_steps or self._usable_steps
@@ -77,11 +79,15 @@ class FlowGrpo:
     def credit(self, groups: Sequence[RolloutGroup]) -> list[Advantage]:
         return credit_groups(groups, self.config.advantage_std, self.config.adv_clip)
 
-    def items(self, keys: Sequence[SampleKey], run_seed: int, step: int) -> torch.Tensor:
+    def items(self, group: RolloutGroup, run_seed: int, step: int) -> torch.Tensor:
         """The same steps for every sample, in order, so that a micro-batch holds one step."""
         order = torch.randperm(self._usable_steps, generator=generator(run_seed, "train_steps", step))
         chosen = order[: self._num_train].sort().values
-        return chosen.expand(len(keys), -1)
+        return chosen.expand(group.group_size, -1)
+
+    def shares(self, group: RolloutGroup) -> torch.Tensor:
+        """Every item counts alike."""
+        return torch.full((group.group_size,), float(self._num_train))
 
     def loss(self, policies: PolicySet, batch: MicroBatch) -> ItemLosses:
         if batch.states_NS1CHW is None or batch.rollout_logprob_NS is None:
@@ -120,3 +126,6 @@ class FlowGrpo:
 
     def old_decay(self, num_optimiser_steps: int) -> float:
         return 0.0
+
+    def reference_decay(self, step: int) -> float:
+        return 1.0

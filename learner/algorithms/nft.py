@@ -8,20 +8,20 @@ guidance whatever the rollouts used, as in the paper.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from learner.advantages import AdvantageStd, credit_groups, r_from_advantage
-from learner.algorithms.base import ItemLosses, RolloutPolicy, check_count, usable_steps
+from learner.algorithms.base import ItemLosses, LossSetting, RolloutPolicy, check_count, usable_steps
 from learner.batching import MicroBatch
 from learner.losses import nft_loss, norm_ratio, velocity_mse
 from learner.policies import PolicySet
 from raylign.config import Config
 from raylign.keys import generator, normal
 from raylign.samplers import Sampler
-from raylign.types import Advantage, Needs, RolloutGroup, SampleKey
+from raylign.types import Advantage, Needs, RolloutGroup
 
 
 class OldDecay(Config):
@@ -47,6 +47,7 @@ class OldDecay(Config):
 class NftConfig(Config):
     """DiffusionNFT with its released single-reward setting."""
 
+    modality: ClassVar[str] = "image"
     type: Literal["nft"] = "nft"
     beta: float = Field(default=1.0, gt=0)
     """How far v± lie from v_old; .1 for OCR and multi-reward in the paper."""
@@ -73,8 +74,9 @@ class NftConfig(Config):
 class Nft:
     """See the module's docstring."""
 
-    def __init__(self, config: NftConfig, sampler: Sampler, guidance_scale: float) -> None:
+    def __init__(self, config: NftConfig, setting: LossSetting) -> None:
         self.config = config
+        sampler: Sampler = setting.sampler
         self._sigmas_S1 = sampler.sigmas_S1
         asked = config.num_train_times or usable_steps(sampler.num_steps)
         self._num_times = check_count(asked, sampler.num_steps, "algorithm.num_train_times")
@@ -93,15 +95,20 @@ class Nft:
     def credit(self, groups: Sequence[RolloutGroup]) -> list[Advantage]:
         return credit_groups(groups, self.config.advantage_std, self.config.adv_clip)
 
-    def items(self, keys: Sequence[SampleKey], run_seed: int, step: int) -> torch.Tensor:
+    def items(self, group: RolloutGroup, run_seed: int, step: int) -> torch.Tensor:
         """The first levels of a random permutation of the sampler's, each sample its own."""
         num_steps = len(self._sigmas_S1) - 1
-        orders = [torch.randperm(num_steps, generator=generator(*key, "train_times")) for key in keys]
+        draws = [generator(*rollout.key, "train_times") for rollout in group.rollouts]
+        orders = [torch.randperm(num_steps, generator=draw) for draw in draws]
         return torch.stack([order[: self._num_times] for order in orders])
+
+    def shares(self, group: RolloutGroup) -> torch.Tensor:
+        """Every item counts alike."""
+        return torch.full((group.group_size,), float(self._num_times))
 
     def loss(self, policies: PolicySet, batch: MicroBatch) -> ItemLosses:
         config, x0, conditioning = self.config, batch.final_NCHW, batch.conditioning
-        sigma_N = self._sigmas_S1[batch.step_N].to(x0.device)
+        sigma_N = self._sigmas_S1[batch.item_N].to(x0.device)
         noise = normal(train_noise_generators(batch), x0.shape[1:]).to(x0.device)
         t = sigma_N.view(-1, 1, 1, 1)
         state = (1 - t) * x0 + t * noise
@@ -121,8 +128,11 @@ class Nft:
     def old_decay(self, num_optimiser_steps: int) -> float:
         return self.config.old_decay.at(num_optimiser_steps)
 
+    def reference_decay(self, step: int) -> float:
+        return 1.0
+
 
 def train_noise_generators(batch: MicroBatch) -> list[torch.Generator]:
     """Fresh noise for each item, keyed by its sample and level, so that no cut of the batch changes it."""
-    steps = batch.step_N.tolist()
+    steps = batch.item_N.tolist()
     return [generator(*key, "train_noise", int(step)) for key, step in zip(batch.keys, steps, strict=True)]

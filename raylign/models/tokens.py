@@ -151,3 +151,8 @@ def response_mask(tokens_BL: torch.Tensor, eos_id: int) -> torch.Tensor:
     """True up to and including the first end token of each row, (B, L) bool; all True in a row without one."""
     is_eos = tokens_BL == eos_id
     return (is_eos.cumsum(dim=1) - is_eos.long()) == 0
+
+
+def finite_logits(prediction: TokenPrediction) -> torch.Tensor:
+    """Logits with 0 in place of -inf, (B, L, V): what a parity check compares."""
+    return torch.nan_to_num(prediction.logits_BLV, neginf=0.0)

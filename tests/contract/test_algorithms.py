@@ -1,23 +1,24 @@
-"""What every row of the ALGORITHMS table promises."""
+"""What every row of the IMAGE_ALGORITHMS table promises."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from pydantic import TypeAdapter
 
-from learner.algorithms import ALGORITHMS, Algorithm, AlgorithmConfig, make_algorithm
+from learner.algorithms import IMAGE_ALGORITHMS, Algorithm, AlgorithmConfig, LossSetting, make_algorithm
 from learner.batching import MicroBatch, StepData, cut
 from learner.learner import Learner, LearnerConfig
 from learner.policies import PolicySet
 from raylign.errors import ConfigError
 from raylign.samplers import Sampler
-from raylign.types import Needs, RolloutGroup, SampleKey
+from raylign.types import Needs, RolloutGroup
 from tests.tiny_models import RUN_SEED, ToyPolicy, breakdown, by_sibling, draw_groups, euler, flow_sde, train_step
 
-ROWS = pytest.mark.parametrize("config_cls", ALGORITHMS)
+ROWS = pytest.mark.parametrize("config_cls", IMAGE_ALGORITHMS)
 NUM_STEPS = 5
 
 
@@ -27,7 +28,7 @@ def sampler_for(config: AlgorithmConfig, num_steps: int = NUM_STEPS) -> Sampler:
 
 def make(config_cls: type, **options: object) -> tuple[Algorithm, AlgorithmConfig, Sampler]:
     config = config_cls(**options)
-    return make_algorithm(config, sampler_for(config), 1.0), config, sampler_for(config)
+    return make_algorithm(config, LossSetting(sampler_for(config))), config, sampler_for(config)
 
 
 def failing(group: int, sibling: int) -> float | None:
@@ -35,11 +36,11 @@ def failing(group: int, sibling: int) -> float | None:
 
 
 def micro_batches(algorithm: Algorithm, groups: Sequence[RolloutGroup], size: int = 4) -> list[MicroBatch]:
-    keys = [[rollout.key for rollout in group.rollouts] for group in groups]
-    items = [algorithm.items(group_keys, RUN_SEED, 1) for group_keys in keys]
-    data = StepData(groups, algorithm.credit(groups), items, algorithm.needs)
-    (batch,) = cut(data, num_updates=1, rank=0, num_ranks=1, micro_batch_size=size)
-    return list(batch.micro_batches())
+    items = [algorithm.items(group, RUN_SEED, 1) for group in groups]
+    shares = [algorithm.shares(group) for group in groups]
+    data = StepData(groups, algorithm.credit(groups), items, shares, algorithm.needs)
+    (batch,) = cut(data, num_epochs=1, num_updates=1, rank=0, num_ranks=1, micro_batch_size=size)
+    return [one for one in batch.micro_batches() if isinstance(one, MicroBatch)]
 
 
 @ROWS
@@ -47,7 +48,7 @@ def test_its_type_names_it_in_the_configuration(config_cls: type) -> None:
     tag = config_cls.model_fields["type"].default
     parsed = TypeAdapter(AlgorithmConfig).validate_python({"type": tag})
     assert isinstance(parsed, config_cls)
-    assert isinstance(make(config_cls)[0], ALGORITHMS[config_cls])
+    assert isinstance(make(config_cls)[0], IMAGE_ALGORITHMS[config_cls])
 
 
 @ROWS
@@ -85,26 +86,28 @@ def test_better_siblings_get_more_credit(config_cls: type) -> None:
 
 @ROWS
 def test_trained_steps_are_keyed_and_in_range(config_cls: type) -> None:
-    algorithm, _, sampler = make(config_cls)
-    keys = [SampleKey(RUN_SEED, f"p{index % 3}", 0, index) for index in range(12)]
-    items = algorithm.items(keys, RUN_SEED, 1)
+    algorithm, config, sampler = make(config_cls)
+    (group,) = draw_groups(ToyPolicy(), sampler, config.needs, num_groups=1, group_size=12)
+    items = algorithm.items(group, RUN_SEED, 1)
     assert items.shape[0] == 12
     assert 1 <= items.shape[1] <= sampler.num_steps
     assert ((items >= 0) & (items < sampler.num_steps)).all()
     for row in items.tolist():
         assert len(set(row)) == len(row)
     torch.manual_seed(99)  # global state must not matter, nor who else is in the batch
-    assert torch.equal(algorithm.items(keys, RUN_SEED, 1), items)
-    assert torch.equal(algorithm.items(keys[5:7], RUN_SEED, 1), items[5:7])
+    assert torch.equal(algorithm.items(group, RUN_SEED, 1), items)
+    some = replace(group, rollouts=group.rollouts[5:7])
+    assert torch.equal(algorithm.items(some, RUN_SEED, 1), items[5:7])
+    assert algorithm.shares(group).tolist() == [items.shape[1]] * 12
 
 
 @ROWS
 def test_the_default_trains_all_but_the_last_hundredth_of_the_steps(config_cls: type) -> None:
     config = config_cls()
-    keys = [SampleKey(RUN_SEED, "p", 0, 0)]
+    (group,) = draw_groups(ToyPolicy(), sampler_for(config), config.needs, num_groups=1, group_size=1)
     for num_steps, trained in ((2, 1), (5, 4), (10, 9), (25, 24)):
-        algorithm = make_algorithm(config, sampler_for(config, num_steps), 1.0)
-        assert algorithm.items(keys, RUN_SEED, 1).shape == (1, trained)
+        algorithm = make_algorithm(config, LossSetting(sampler_for(config, num_steps)))
+        assert algorithm.items(group, RUN_SEED, 1).shape == (1, trained)
 
 
 @ROWS
@@ -135,7 +138,7 @@ def test_an_items_loss_does_not_depend_on_its_micro_batch(config_cls: type) -> N
         found: dict[tuple[object, int], float] = {}
         for batch in micro_batches(algorithm, groups, size):
             values = algorithm.loss(policies, batch).loss_N.tolist()
-            for key, step, value in zip(batch.keys, batch.step_N.tolist(), values, strict=True):
+            for key, step, value in zip(batch.keys, batch.item_N.tolist(), values, strict=True):
                 found[key, step] = value
         return found
 
@@ -184,5 +187,6 @@ def test_asking_for_more_steps_than_there_are_is_refused(config_cls: type) -> No
     (key,) = [name for name in config_cls.model_fields if name.startswith("num_train_")]
     with pytest.raises(ConfigError, match=f"algorithm.{key} is 99"):
         make(config_cls, **{key: 99})
-    algorithm, _, _ = make(config_cls, **{key: 2})
-    assert algorithm.items([SampleKey(RUN_SEED, "p", 0, 0)], RUN_SEED, 1).shape == (1, 2)
+    algorithm, config, sampler = make(config_cls, **{key: 2})
+    (group,) = draw_groups(ToyPolicy(), sampler, config.needs, num_groups=1, group_size=1)
+    assert algorithm.items(group, RUN_SEED, 1).shape == (1, 2)

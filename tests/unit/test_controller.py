@@ -209,7 +209,7 @@ def test_the_parity_gap_is_logged_and_checked_again_at_its_interval() -> None:
     run = Run(num_steps=6, rollout={"parity_every_steps": 3, "parity_tolerance": 0.5})
     run.learner.parity_gap = 0.25
     run.go()
-    assert {round(metrics["parity/velocity_gap"], 6) for _, metrics in run.recorder.steps} == {0.2}
+    assert {round(metrics["parity/gap"], 6) for _, metrics in run.recorder.steps} == {0.2}
     run = Run(num_steps=6, rollout={"parity_every_steps": 3, "parity_tolerance": 0.5})
     stepped = run.recorder.stepped
 

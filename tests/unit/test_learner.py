@@ -222,7 +222,7 @@ def test_the_learner_answers_for_either_policy_as_a_rollout_would() -> None:
         rollout = ToyPolicy(seed=9)
         rollout.load_weights(learner.publish(2, which))
         with torch.no_grad():
-            assert torch.equal(learner.velocity(state, sigma, told, which), rollout.predict(state, sigma, told))
+            assert torch.equal(learner.predict(state, sigma, told, which), rollout.predict(state, sigma, told))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
