@@ -15,6 +15,7 @@ from rewards.base import Reward, RewardConfig
 from rewards.clip_score import ClipScoreConfig, ClipScoreReward
 from rewards.code_tests import CodeTestsConfig, CodeTestsReward
 from rewards.countdown import CountdownConfig, CountdownReward
+from rewards.exact_answer import ExactAnswerConfig, ExactAnswerReward
 from rewards.format_tags import FormatTagsConfig, FormatTagsReward
 from rewards.geneval import GenevalConfig, GenevalReward
 from rewards.hps import HpsConfig, HpsReward
@@ -41,6 +42,7 @@ AnyRewardConfig = (
     | AestheticConfig
     | CountdownConfig
     | SudokuConfig
+    | ExactAnswerConfig
     | MathAnswerConfig
     | CodeTestsConfig
     | FormatTagsConfig
@@ -60,6 +62,7 @@ REWARDS = {
     AestheticConfig: AestheticReward,
     CountdownConfig: CountdownReward,
     SudokuConfig: SudokuReward,
+    ExactAnswerConfig: ExactAnswerReward,
     MathAnswerConfig: MathAnswerReward,
     CodeTestsConfig: CodeTestsReward,
     FormatTagsConfig: FormatTagsReward,
@@ -90,6 +93,8 @@ __all__ = [
     "CodeTestsReward",
     "CountdownConfig",
     "CountdownReward",
+    "ExactAnswerConfig",
+    "ExactAnswerReward",
     "FormatTagsConfig",
     "FormatTagsReward",
     "GenevalConfig",

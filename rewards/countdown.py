@@ -26,7 +26,7 @@ from pydantic import Field
 from raylign.errors import PromptError
 from raylign.types import Prompt, RewardSample, RewardScore
 from rewards.base import Modality, RewardConfig
-from rewards.text.answers import last_answer
+from rewards.text.answers import AnswerIn, find_answer
 from rewards.text.rule import Verdict, score_texts, verdict
 
 RULE_VERSION = "1"
@@ -63,10 +63,12 @@ class CountdownConfig(RewardConfig):
     """clean: exact, and nothing for an empty tag. d1: as published, for comparison; ignores format_score."""
     format_score: float = Field(default=0.1, ge=0, lt=1)
     """clean: value of a legal expression of exactly the given numbers that misses the target."""
+    answer_in: AnswerIn = "tag"
+    """tag: the last `<answer>` block. text: the whole completion, for models too small to write tags."""
 
 
 class CountdownReward:
-    """Judges the last `<answer>` block by the prompt's numbers and target."""
+    """Judges the answer by the prompt's numbers and target."""
 
     modality: Modality = "text"
     range: tuple[float, float] | None = (0.0, 1.0)
@@ -83,8 +85,9 @@ class CountdownReward:
         self.name = config.name
         self._rule_version = config.rule_version
         self._format_score = config.format_score
+        self._answer_in: AnswerIn = config.answer_in
         rule = config.rule_version if config.rule_version == "d1" else f"clean/{config.format_score}"
-        self.version = f"{RULE_VERSION}/{rule}"
+        self.version = f"{RULE_VERSION}/{rule}" + ("/text" if config.answer_in == "text" else "")
 
     def load(self) -> None:
         """Nothing to build."""
@@ -101,7 +104,9 @@ class CountdownReward:
 
     def _judge(self, sample: RewardSample, text: str) -> Verdict:
         task = read_task(sample.prompt)
-        return judge_d1(task, text) if self._rule_version == "d1" else judge_clean(task, text, self._format_score)
+        if self._rule_version == "d1":
+            return judge_d1(task, text, self._answer_in)
+        return judge_clean(task, text, self._format_score, self._answer_in)
 
 
 def read_task(prompt: Prompt) -> Task:
@@ -120,9 +125,9 @@ def read_task(prompt: Prompt) -> Task:
     return Task(tuple(cast(Sequence[int], numbers)), target)
 
 
-def judge_d1(task: Task, text: str) -> Verdict:
+def judge_d1(task: Task, text: str, answer_in: AnswerIn = "tag") -> Verdict:
     """The published rule: 1, 0.1 or 0."""
-    answer = last_answer(text)
+    answer = find_answer(text, answer_in)
     if answer is None:
         return verdict(0.0, None, "no_answer", exact=False)
     if not _uses_d1(answer, task.numbers):
@@ -137,9 +142,9 @@ def judge_d1(task: Task, text: str) -> Verdict:
     return verdict(D1_FORMAT_SCORE, answer, "wrong_value", exact=False)
 
 
-def judge_clean(task: Task, text: str, format_score: float = 0.1) -> Verdict:
+def judge_clean(task: Task, text: str, format_score: float = 0.1, answer_in: AnswerIn = "tag") -> Verdict:
     """1 for an exact hit, `format_score` for another value of a legal expression of the numbers, else 0."""
-    answer = last_answer(text)
+    answer = find_answer(text, answer_in)
     if answer is None:
         return verdict(0.0, None, "no_answer", exact=False)
     expression = _EQUALS.sub("", answer).translate(_SIGNS).strip()

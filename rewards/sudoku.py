@@ -18,7 +18,7 @@ from typing import Literal
 from raylign.errors import PromptError
 from raylign.types import Prompt, RewardSample, RewardScore
 from rewards.base import Modality, RewardConfig
-from rewards.text.answers import last_answer
+from rewards.text.answers import AnswerIn, find_answer
 from rewards.text.rule import Verdict, score_texts, verdict
 
 RULE_VERSION = "1"
@@ -48,10 +48,12 @@ class SudokuConfig(RewardConfig):
     """clean: the whole grid, given cells checked. d1: as published, for comparison."""
     partial: bool = True
     """clean: credit for single cells; off: 1 for a solved puzzle, else 0."""
+    answer_in: AnswerIn = "tag"
+    """tag: the last `<answer>` block. text: the whole completion, for models too small to write tags."""
 
 
 class SudokuReward:
-    """Judges the digits of the last `<answer>` block by the prompt's puzzle and solution."""
+    """Judges the answer's digits by the prompt's puzzle and solution."""
 
     modality: Modality = "text"
     range: tuple[float, float] | None = (0.0, 1.0)
@@ -68,8 +70,9 @@ class SudokuReward:
         self.name = config.name
         self._rule_version = config.rule_version
         self._partial = config.partial
+        self._answer_in: AnswerIn = config.answer_in
         rule = "d1" if config.rule_version == "d1" else f"clean/{'cells' if config.partial else 'board'}"
-        self.version = f"{RULE_VERSION}/{rule}"
+        self.version = f"{RULE_VERSION}/{rule}" + ("/text" if config.answer_in == "text" else "")
 
     def load(self) -> None:
         """Nothing to build."""
@@ -86,7 +89,9 @@ class SudokuReward:
 
     def _judge(self, sample: RewardSample, text: str) -> Verdict:
         task = read_task(sample.prompt)
-        return judge_d1(task, text) if self._rule_version == "d1" else judge_clean(task, text, self._partial)
+        if self._rule_version == "d1":
+            return judge_d1(task, text, self._answer_in)
+        return judge_clean(task, text, self._partial, self._answer_in)
 
 
 def read_task(prompt: Prompt) -> Task:
@@ -105,9 +110,9 @@ def read_task(prompt: Prompt) -> Task:
     return Task(puzzle, solution)
 
 
-def judge_d1(task: Task, text: str) -> Verdict:
+def judge_d1(task: Task, text: str, answer_in: AnswerIn = "tag") -> Verdict:
     """The published rule: correct empty cells over empty cells, in [0, 1]."""
-    answer = last_answer(text)
+    answer = find_answer(text, answer_in)
     if answer is None:
         return verdict(0.0, None, "no_answer", exact=False)
     digits = "".join(character for character in answer if character.isdigit())
@@ -119,9 +124,9 @@ def judge_d1(task: Task, text: str) -> Verdict:
     return verdict(value, digits, "cells", exact=completes(task.puzzle, grid))
 
 
-def judge_clean(task: Task, text: str, partial: bool = True) -> Verdict:
+def judge_clean(task: Task, text: str, partial: bool = True, answer_in: AnswerIn = "tag") -> Verdict:
     """1 for a solved puzzle, the fraction of correct cells (if `partial`), 0 for what is no filling of the puzzle."""
-    answer = last_answer(text)
+    answer = find_answer(text, answer_in)
     if answer is None:
         return verdict(0.0, None, "no_answer", exact=False)
     grid = "".join(character for character in answer if character in "0123456789")

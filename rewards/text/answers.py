@@ -6,12 +6,20 @@ All of them take time linear in the text, whatever the text is; the regular expr
 from __future__ import annotations
 
 import re
+from typing import Literal
 
+AnswerIn = Literal["tag", "text"]
+"""Where the answer stands: in the last `<answer>` block, or the whole text is the answer."""
 OPEN, CLOSE = "<answer>", "</answer>"
 _BRACES = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*\{|\\\\(?!boxed|fbox)|\\[{}]|[{}]")
 """A box's opening, a line break, an escaped brace, a brace."""
 _FENCE = re.compile(r"^[ \t]*+```[ \t]*+([A-Za-z0-9_+-]*+)[ \t]*+$", re.MULTILINE)
 """Possessive: giving spaces back finds no other match, but takes quadratic time to find none."""
+
+
+def find_answer(text: str, where: AnswerIn) -> str | None:
+    """The answer, stripped; None without a closed block, or for an empty text."""
+    return last_answer(text) if where == "tag" else text.strip() or None
 
 
 def last_answer(text: str) -> str | None:

@@ -5,6 +5,7 @@ import numpy as np
 from raylign.types import Prompt, RewardSample
 from rewards.code_tests import CodeTestsConfig
 from rewards.countdown import CountdownConfig
+from rewards.exact_answer import ExactAnswerConfig
 from rewards.format_tags import FormatTagsConfig
 from rewards.math_answer import MathAnswerConfig
 from rewards.sudoku import SudokuConfig
@@ -14,6 +15,7 @@ PICTURE = np.zeros((8, 8, 3), np.uint8)
 COUNTDOWN = Prompt("c", "make 24 of 4, 6, 1", {"numbers": [4, 6, 1], "target": 24})
 SUDOKU = Prompt("s", "solve", {"puzzle": "1200340021434321", "solution": "1234341221434321"})
 MATH = Prompt("m", "what is 6 times 7?", {"answer": "42"})
+SORT = Prompt("e", "sort 3 1 2", {"answer": "123"})
 CODE = Prompt("k", "write f, which squares", {"tests": ["assert f(3) == 9", "assert f(-1) == 1"]})
 PLAIN = Prompt("f", "think, then answer")
 
@@ -48,6 +50,12 @@ CASES = [
         _texts(SUDOKU, "<answer>1234341221434321</answer>", "<answer>1234344121434321</answer>", "none"),
         _bad(SUDOKU, {}, {"puzzle": 12, "solution": 12}, {"puzzle": "0" * 16, "solution": "1" * 16}),
         prompt=SUDOKU,
+    ),
+    Case(
+        ExactAnswerConfig(),
+        _texts(SORT, "123", "1 2 3", "132", "", "<answer>123</answer>", "1234"),
+        _bad(SORT, {}, {"answer": ["1"]}, {"answer": " "}, {"answer": True}, {"answer": 1.5}),
+        prompt=SORT,
     ),
     Case(
         MathAnswerConfig(num_workers=1),
