@@ -208,7 +208,7 @@ def train_step(learner: Learner, groups: Sequence[RolloutGroup], step: int) -> l
     """One learner step with nothing in between, as the controller would take it."""
     credit = learner.begin_step(groups, step)
     results: list[StepResult] = []
-    for update in range(learner.config.updates_per_step):
+    for update in range(learner.config.num_updates):
         learner.forward_backward(update)
         result = learner.optimise(update)
         results.append(StepResult({**credit, **result.metrics}, result.finite))
