@@ -1,4 +1,4 @@
-"""What every row of the SAMPLERS table promises."""
+"""What every row of the SAMPLERS table promises: of the image samplers here, of the text samplers further down."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pydantic import TypeAdapter
 from torch.distributions import Normal
 
 from raylign.errors import ShapeError
-from raylign.samplers import SAMPLERS, Sampler, SamplerConfig, flow_sigmas, make_sampler
+from raylign.samplers import IMAGE_SAMPLERS, SAMPLERS, Sampler, SamplerConfig, flow_sigmas, make_sampler
 
-ROWS = pytest.mark.parametrize("config_cls", SAMPLERS)
+ROWS = pytest.mark.parametrize("config_cls", IMAGE_SAMPLERS)
 STATE, VELOCITY, NOISE = (torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(n)) for n in range(3))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from raylign.samplers import SAMPLERS, Sampler, flow_sigmas
+from raylign.samplers import IMAGE_SAMPLERS, Sampler, flow_sigmas
 from raylign.samplers.flow_sde import FlowSde, FlowSdeConfig
 from tests.tiny_models import euler, flow_sde
 
@@ -98,7 +98,7 @@ def final_std(sampler: Sampler) -> float:
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize(("config_cls", "cls"), SAMPLERS.items())
+@pytest.mark.parametrize(("config_cls", "cls"), IMAGE_SAMPLERS.items())
 def test_with_many_steps_samples_spread_like_the_data(config_cls: type, cls: type, shift: float) -> None:
     # Not to zero for Flow-SDE: its first steps inject a noise of fixed size however short they are.
     few, many = (
