@@ -1,34 +1,29 @@
 """The rollout engine: draws samples from keys with a policy and a sampler. Runs with or without Ray around it.
 
 Work arrives in chunks of a size fixed by the configuration, never by the number of workers, and every draw is
-keyed, so a sample is bit for bit the same whoever makes it.
+keyed, so a sample is bit for bit the same whoever makes it. What is drawn, pictures or texts, is known to one denoiser.
 """
 
 from __future__ import annotations
 
-import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Generic, TypeVar, cast
 
 import numpy as np
 import torch
 
-from raylign.errors import WeightError
-from raylign.keys import normal, sample_generators
-from raylign.models.base import Conditioning, DenoisingPolicy, guided_velocity, join_conditioning
-from raylign.samplers import Sampler
-from raylign.types import LatentTrajectory, Needs, Rollout, RolloutGroup, RolloutStatus, SampleKey, WeightVersion
+from raylign.errors import ConfigError, WeightError
+from raylign.models.base import DenoisingPolicy
+from raylign.models.tokens import TokenPolicy
+from raylign.types import Rollout, RolloutGroup, RolloutStatus, SampleKey, WeightVersion
 from raylign.weights import WeightSnapshot
+from rollout.drawn import Denoiser, Drawn, Probe, Slot, join_trajectories, trajectory_rows
+from rollout.images import ImageDenoiser, SamplerSetup, denoise
 from rollout.prompts import GroupTask
+from rollout.texts import TextDenoiser, TokenSetup, unmask
 
-Slot = Literal["rollout", "eval"]
-"""Which published weights and which sampler a chunk is drawn with."""
-
-# Real models' embeddings are megabytes each; a run visits far fewer prompts between weight swaps than this.
-_MAX_CACHED_PROMPTS = 1024
-_PROBE_SIGMAS = (0.95, 0.5, 0.05)
+PolicyT = TypeVar("PolicyT", bound=DenoisingPolicy | TokenPolicy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,38 +33,21 @@ class ChunkRequest:
     tasks: tuple[GroupTask, ...]
     sample_indices: tuple[int, ...]
     slot: Slot = "rollout"
+    gamma: float | None = None
+    """Replaces every row's entropy budget, for evaluation along the accuracy-calls frontier."""
 
 
-@dataclass(frozen=True, slots=True)
-class SamplerSetup:
-    """A sampler, its guidance, and what of a trajectory to keep."""
-
-    sampler: Sampler
-    guidance_scale: float
-    needs: Needs
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What a rollout policy predicted at keyed states, for the learner to predict again (the parity gate)."""
-
-    version: WeightVersion
-    state_BCHW: torch.Tensor
-    sigma_B: torch.Tensor
-    conditioning: Conditioning
-    velocity_BCHW: torch.Tensor
-
-
-class RolloutEngine:
+class RolloutEngine(Generic[PolicyT]):
     """Draws chunks with whichever published weights their slot asks for."""
 
-    def __init__(self, policy: DenoisingPolicy, setups: Mapping[Slot, SamplerSetup], run_seed: int) -> None:
+    def __init__(self, policy: PolicyT, setups: Mapping[Slot, SamplerSetup | TokenSetup], run_seed: int) -> None:
+        """All setups are of one modality, the policy's. Raises ConfigError if they are not."""
         self.policy = policy
         self._setups = setups
         self._run_seed = run_seed
+        self._denoiser = _make_denoiser(policy, setups)
         self._snapshots: dict[Slot, WeightSnapshot] = {}
         self._loaded: Slot | None = None
-        self._conditioning: OrderedDict[tuple[str, bool], Conditioning] = OrderedDict()
 
     def pull(self, snapshot: WeightSnapshot, slot: Slot = "rollout") -> WeightVersion:
         """Verify and load a published snapshot, between batches. Raises WeightError and keeps the old on a fault."""
@@ -81,44 +59,25 @@ class RolloutEngine:
     def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
         """One (part of a) group per task, with the request's siblings. Not thread-safe.
 
-        A sample whose final state is not finite has status GENERATION_FAILED; its neighbours are unharmed.
+        A sample that came out not finite has status GENERATION_FAILED; its neighbours are unharmed.
         """
         version = self._use(request.slot)
-        setup = self._setups[request.slot]
         count = len(request.sample_indices)
-        per_prompt = [self._encode(task.prompt.text, setup.guidance_scale > 1.0) for task in request.tasks]
         keys = [
             SampleKey(self._run_seed, task.prompt.id, task.visit, index)
             for task in request.tasks
             for index in request.sample_indices
         ]
-        started_s = time.perf_counter()
         with torch.no_grad():
-            conditioning = join_conditioning(per_prompt).repeat(count)
-            trajectory = denoise(self.policy, setup, conditioning, keys)
-            sampled_s = time.perf_counter()
-            images = self.policy.decode(trajectory.final_GCHW.to(self.policy.device))
-        share = 1.0 / len(request.tasks)
-        seconds = {
-            "sample": (sampled_s - started_s) * share,
-            "decode": (time.perf_counter() - sampled_s) * share,
-        }
-        groups = [
-            _group(task, keys, images, trajectory, conditioning, slice(place * count, (place + 1) * count), version)
-            for place, (task, conditioning) in enumerate(zip(request.tasks, per_prompt, strict=True))
-        ]
-        return [replace(group, seconds=seconds) for group in groups]
+            texts = [task.prompt.text for task in request.tasks]
+            drawn = self._denoiser.draw(texts, count, request.slot, keys, request.gamma)
+        return [_group(task, keys, drawn, place, count, version) for place, task in enumerate(request.tasks)]
 
     def probe(self, text: str) -> Probe:
-        """Velocities of the rollout policy for one prompt, unguided, at a high, a middle and a low noise level."""
+        """The rollout policy's answers for one prompt, unguided, at three noise levels."""
         version = self._use("rollout")
-        keys = [SampleKey(self._run_seed, "parity", -1, index) for index in range(len(_PROBE_SIGMAS))]
-        state = normal(sample_generators(keys, "latent"), self.policy.latent_shape)
-        sigma = torch.tensor(_PROBE_SIGMAS)
         with torch.no_grad():
-            conditioning = self._encode(text, with_negative=False).repeat(len(keys))
-            velocity = self.policy.predict(state.to(self.policy.device), sigma.to(self.policy.device), conditioning)
-        return Probe(version, state, sigma, conditioning.to(torch.device("cpu")), velocity.cpu())
+            return self._denoiser.probe(text, self._run_seed, version)
 
     def _use(self, slot: Slot) -> WeightVersion:
         if slot not in self._snapshots:
@@ -128,70 +87,20 @@ class RolloutEngine:
             self._loaded = slot
         return self._snapshots[slot].version
 
-    def _encode(self, text: str, with_negative: bool) -> Conditioning:
-        """Conditioning on the policy's device, computed once per prompt text."""
-        key = (text, with_negative)
-        if key not in self._conditioning:
-            self._conditioning[key] = self.policy.encode(text, with_negative)
-            if len(self._conditioning) > _MAX_CACHED_PROMPTS:
-                self._conditioning.popitem(last=False)
-        self._conditioning.move_to_end(key)
-        return self._conditioning[key]
-
-
-def denoise(
-    policy: DenoisingPolicy, setup: SamplerSetup, conditioning: Conditioning, keys: Sequence[SampleKey]
-) -> LatentTrajectory:
-    """Walk one batch from noise to a clean latent; what `setup.needs` names is recorded, in fp32 on the CPU.
-
-    Initial noise comes from each sample's "latent" key, step noise from its "sde" key.
-    """
-    sampler, device = setup.sampler, policy.device
-    state = normal(sample_generators(keys, "latent"), policy.latent_shape).to(device)
-    step_noise = sample_generators(keys, "sde") if sampler.stochastic else []
-    states, logprobs = [state], []
-    for step in range(sampler.num_steps):
-        sigma_B = sampler.sigmas_S1[step].to(device).expand(len(keys))
-        velocity = guided_velocity(policy, state, sigma_B, conditioning, setup.guidance_scale)
-        transition = sampler.transition(velocity, state, step)
-        if sampler.stochastic:
-            state = transition.sample(normal(step_noise, policy.latent_shape).to(device))
-            if Needs.LOGPROBS in setup.needs:
-                logprobs.append(transition.logprob(state))
-        else:
-            state = transition.mean_BCHW
-        if Needs.STEPS in setup.needs:
-            states.append(state)
-    return LatentTrajectory(
-        final_GCHW=state.cpu(),
-        sigmas_S1=sampler.sigmas_S1,
-        states_GS1CHW=torch.stack(states, dim=1).cpu() if Needs.STEPS in setup.needs else None,
-        rollout_logprob_GS=torch.stack(logprobs, dim=1).cpu() if logprobs else None,
-    )
-
 
 def join_parts(parts: Sequence[RolloutGroup]) -> RolloutGroup:
     """One group from parts that hold consecutive siblings of the same prompt."""
     first = parts[0]
     if len(parts) == 1:
         return first
-    trajectories = [part.trajectory for part in parts]
-
-    def stack(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-        present = [tensor for tensor in tensors if tensor is not None]
-        return torch.cat(present) if present else None
-
     images = [part.images_GHWC for part in parts if part.images_GHWC is not None]
+    texts = tuple(text for part in parts for text in part.texts or ())
     return replace(
         first,
         rollouts=tuple(rollout for part in parts for rollout in part.rollouts),
-        trajectory=LatentTrajectory(
-            final_GCHW=torch.cat([t.final_GCHW for t in trajectories]),
-            sigmas_S1=first.trajectory.sigmas_S1,
-            states_GS1CHW=stack([t.states_GS1CHW for t in trajectories]),
-            rollout_logprob_GS=stack([t.rollout_logprob_GS for t in trajectories]),
-        ),
+        trajectory=join_trajectories([part.trajectory for part in parts]),
         images_GHWC=np.concatenate(images) if images else None,
+        texts=texts or None,
         seconds={phase: sum(part.seconds.get(phase, 0.0) for part in parts) for phase in first.seconds},
     )
 
@@ -222,34 +131,50 @@ def chunk_requests(
     ]
 
 
+def _make_denoiser(policy: DenoisingPolicy | TokenPolicy, setups: Mapping[Slot, SamplerSetup | TokenSetup]) -> Denoiser:
+    images: dict[Slot, SamplerSetup] = {
+        slot: setup for slot, setup in setups.items() if isinstance(setup, SamplerSetup)
+    }
+    texts: dict[Slot, TokenSetup] = {slot: setup for slot, setup in setups.items() if isinstance(setup, TokenSetup)}
+    if images and texts:
+        raise ConfigError(f"slots {sorted(images)} have an image sampler, {sorted(texts)} a text sampler; use one kind")
+    if texts:
+        return TextDenoiser(cast(TokenPolicy, policy), texts)
+    return ImageDenoiser(cast(DenoisingPolicy, policy), images)
+
+
 def _group(
-    task: GroupTask,
-    keys: Sequence[SampleKey],
-    images: np.ndarray,
-    trajectory: LatentTrajectory,
-    conditioning: Conditioning,
-    rows: slice,
-    version: WeightVersion,
+    task: GroupTask, keys: Sequence[SampleKey], drawn: Drawn, place: int, count: int, version: WeightVersion
 ) -> RolloutGroup:
     """One task's rows of a batch, copied, so that a group carries its own bytes and no others."""
-
-    def own(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor[rows].clone()
-
-    final = trajectory.final_GCHW[rows].clone()
-    finite = torch.isfinite(final).flatten(1).all(dim=1).tolist()
+    rows = slice(place * count, (place + 1) * count)
     rollouts = tuple(
         Rollout(key, RolloutStatus.OK if ok else RolloutStatus.GENERATION_FAILED, version, version)
-        for key, ok in zip(keys[rows], finite, strict=True)
+        for key, ok in zip(keys[rows], drawn.ok[rows], strict=True)
     )
+    share = count / len(keys)
     return RolloutGroup(
         prompt=task.prompt,
         visit=task.visit,
         sequence=task.sequence,
         rollouts=rollouts,
-        trajectory=LatentTrajectory(
-            final, trajectory.sigmas_S1, own(trajectory.states_GS1CHW), own(trajectory.rollout_logprob_GS)
-        ),
-        conditioning=conditioning.to(torch.device("cpu")),
-        images_GHWC=images[rows].copy(),
+        trajectory=trajectory_rows(drawn.trajectory, rows),
+        conditioning=drawn.told[place],
+        images_GHWC=None if drawn.images_BHWC is None else drawn.images_BHWC[rows].copy(),
+        texts=None if drawn.texts is None else tuple(drawn.texts[rows]),
+        seconds={"sample": drawn.sample_s * share, "decode": drawn.decode_s * share},
     )
+
+
+__all__ = [
+    "ChunkRequest",
+    "Probe",
+    "RolloutEngine",
+    "SamplerSetup",
+    "Slot",
+    "TokenSetup",
+    "chunk_requests",
+    "denoise",
+    "join_parts",
+    "unmask",
+]
