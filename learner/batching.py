@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -128,8 +128,11 @@ class TrainBatch:
     on_policy: bool
     data: StepData
 
-    def micro_batches(self) -> Iterator[MicroBatch | TokenBatch]:
-        """Block by block, item by item, in order; without blocks that have no valid row, and without absent items."""
+    def micro_batches(self) -> Iterator[Any]:
+        """MicroBatches of pictures or TokenBatches of texts, as the groups are: block by block, item by item, in order.
+
+        Blocks without a valid row and absent items are left out.
+        """
         for rows in self.blocks:
             if not any(self.data.is_valid(row) for row in rows):
                 continue
@@ -172,7 +175,7 @@ class StepData:
         """What a sample counts in the denominator."""
         return float(self.shares[row.group][row.sibling])
 
-    def gather(self, rows: Sequence[Row], epoch: int) -> MicroBatch | TokenBatch:
+    def gather(self, rows: Sequence[Row], epoch: int) -> Any:
         """The rows as one batch, item_N still 0. Raises NumericsError naming a valid sample that is not finite."""
         keys = tuple(self.groups[row.group].rollouts[row.sibling].key for row in rows)
         item_N = torch.zeros(len(rows), dtype=torch.int64)

@@ -25,8 +25,8 @@ from learner.state import LearnerState
 from learner.tally import MetricTally
 from raylign.config import Config
 from raylign.errors import CheckpointError, RewardError
-from raylign.models.base import Conditioning, DenoisingPolicy
-from raylign.models.tokens import BUDGET_HEAD, TokenPolicy, TokenPrompts, finite_logits
+from raylign.models.base import Conditioning
+from raylign.models.tokens import BUDGET_HEAD, TokenPrompts, finite_logits
 from raylign.precision import Precision
 from raylign.types import Needs, RolloutGroup, StepResult, WeightVersion
 from raylign.weights import WeightSnapshot
@@ -84,15 +84,15 @@ class Learner:
         self,
         config: LearnerConfig,
         algorithm_config: AlgorithmConfig,
-        policy: DenoisingPolicy | TokenPolicy,
+        policy: Any,
         sampler: Any,
         guidance_scale: float,
         micro_batch_size: int,
         run_seed: int,
         ranks: RankGroup | None = None,
     ) -> None:
-        """`policy` is loaded with role "learner"; `sampler` (of pictures or of tokens) and
-        `guidance_scale` are the rollouts'.
+        """`policy` (a DenoisingPolicy or a TokenPolicy) is loaded with role "learner"; `sampler` (of pictures or of
+        tokens) and `guidance_scale` are the rollouts'.
 
         `micro_batch_size` is what `config.micro_batch_size` resolves to: the rollout chunk size when it is None.
         """

@@ -13,16 +13,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Flag, StrEnum, auto
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from raylign.errors import ShapeError
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-    from raylign.models.base import Conditioning
-    from raylign.models.tokens import TokenPrompts
 
 JsonValue = str | int | float | bool | None | Sequence["JsonValue"] | Mapping[str, "JsonValue"]
 WeightVersion = int
@@ -212,7 +209,8 @@ class RolloutGroup:
     """Place in the run's prompt stream; the buffer hands groups out in this order."""
     rollouts: tuple[Rollout, ...]
     trajectory: LatentTrajectory | TokenTrajectory
-    conditioning: Conditioning | TokenPrompts
+    conditioning: Any
+    """What the network was told of the prompt, P = 1: a Conditioning for pictures, TokenPrompts for texts."""
     images_GHWC: np.ndarray | None = None
     texts: tuple[str, ...] | None = None
     """What each sibling wrote, for text models."""

@@ -42,7 +42,7 @@ class ItemLosses:
 
 
 class Algorithm(Protocol[BatchT_contra]):
-    """One training method, on MicroBatches (pictures) or TokenBatches. The table is in `learner/algorithms/__init__`."""
+    """One training method, on MicroBatches (pictures) or TokenBatches; `learner/algorithms/__init__.py` lists them."""
 
     metrics: tuple[str, ...]
     """Names that `loss` reports: always all of them, so that ranks agree on what to reduce."""

@@ -170,7 +170,7 @@ def test_a_few_steps_raise_the_reward(config_cls: type) -> None:
     for step in range(1, 26):
         rollout.load_weights(learner.publish(step - 1))
         drawn = draw_groups(rollout, sampler, config.needs, num_groups=4, group_size=8, first_sequence=4 * step)
-        brightness = [group.trajectory.final_GCHW.mean(dim=(1, 2, 3)).tolist() for group in drawn]
+        brightness = [group.latents.final_GCHW.mean(dim=(1, 2, 3)).tolist() for group in drawn]
         groups = [
             group.with_rewards([breakdown(value) for value in values])
             for group, values in zip(drawn, brightness, strict=True)

@@ -92,7 +92,7 @@ def reinforce_gradient(
         parameter.grad = None
     terms: list[torch.Tensor] = []
     for group, advantage in zip(groups, learner.algorithm.credit(groups), strict=True):
-        states = group.trajectory.states_GS1CHW
+        states = group.latents.states_GS1CHW
         assert states is not None
         conditioning = group.conditioning.repeat(group.group_size)
         for step in range(sampler.num_steps - 1):

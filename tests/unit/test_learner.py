@@ -145,7 +145,7 @@ def test_what_a_failed_sample_holds_does_not_matter(algorithm: AlgorithmConfig) 
             num_groups=4,
             reward=lambda g, s: None if (g, s) == (1, 2) else by_sibling(g, s),
         )
-        trajectory = groups[1].trajectory
+        trajectory = groups[1].latents
         for tensor in (trajectory.final_GCHW, trajectory.states_GS1CHW, trajectory.rollout_logprob_GS):
             if tensor is not None:
                 tensor[2] = value
@@ -158,7 +158,7 @@ def test_what_a_failed_sample_holds_does_not_matter(algorithm: AlgorithmConfig) 
 
 def test_a_valid_sample_that_is_nan_stops_the_step() -> None:
     groups = groups_for(NFT)
-    groups[2].trajectory.final_GCHW[1] = math.nan
+    groups[2].latents.final_GCHW[1] = math.nan
     learner = make()
     learner.begin_step(groups, 1)
     with pytest.raises(NumericsError, match="final_GCHW of sample"):

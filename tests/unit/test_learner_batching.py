@@ -17,7 +17,7 @@ from raylign.errors import ConfigError, NumericsError, ShapeError
 from raylign.types import Needs, RolloutGroup
 from tests.tiny_models import ToyPolicy, by_sibling, draw_groups, euler, flow_sde
 
-COUPLED = Needs.STEPS | Needs.LOGPROBS
+COUPLED = Needs.STEPS | Needs.LOGPROBS | Needs.CHUNKS
 
 
 def failing(group: int, sibling: int) -> float | None:
@@ -30,12 +30,13 @@ def step_data(needs: Needs, groups: Sequence[RolloutGroup] | None = None, traine
         groups = draw_groups(ToyPolicy(), sampler, needs, num_groups=4, reward=failing)
     advantages = group_advantages([group_rewards(group) for group in groups])
     steps = [torch.arange(trained).expand(group.group_size, -1) for group in groups]
-    return StepData(groups, advantages, steps, needs)
+    shares = [torch.full((group.group_size,), float(trained)) for group in groups]
+    return StepData(groups, advantages, steps, shares, needs)
 
 
 def cuts(data: StepData, updates: int = 1, num_ranks: int = 1, size: int = 4) -> list[tuple[TrainBatch, ...]]:
     return [
-        cut(data, num_updates=updates, rank=rank, num_ranks=num_ranks, micro_batch_size=size)
+        cut(data, num_epochs=1, num_updates=updates, rank=rank, num_ranks=num_ranks, micro_batch_size=size)
         for rank in range(num_ranks)
     ]
 
@@ -77,7 +78,7 @@ def test_coupled_batches_keep_rollout_chunks_whole(chunk: int) -> None:
 
 def test_a_failed_row_is_a_masked_row_of_zeros() -> None:
     data = step_data(COUPLED)
-    poisoned = data.groups[0].trajectory
+    poisoned = data.groups[0].latents
     assert poisoned.states_GS1CHW is not None
     poisoned.final_GCHW[1] = math.nan
     poisoned.states_GS1CHW[1] = math.nan
@@ -104,7 +105,7 @@ def test_a_block_without_a_valid_row_is_not_run() -> None:
 def test_micro_batches_go_block_by_block_and_step_by_step() -> None:
     data = step_data(Needs.FINAL)
     ((batch,),) = cuts(data, size=8)
-    seen = [(micro_batch.keys[0].prompt_id, micro_batch.step_N.tolist()) for micro_batch in batch.micro_batches()]
+    seen = [(micro_batch.keys[0].prompt_id, micro_batch.item_N.tolist()) for micro_batch in batch.micro_batches()]
     assert seen == [("p0", [0] * 8), ("p0", [1] * 8), ("p2", [0] * 5), ("p2", [1] * 5)]
 
 
@@ -116,13 +117,13 @@ def test_each_row_carries_its_own_prompts_conditioning_and_credit() -> None:
         group = data.groups[row.group]
         assert micro_batch.keys[place] == group.rollouts[row.sibling].key
         assert torch.equal(micro_batch.conditioning.pooled_PD[place], group.conditioning.pooled_PD[0])
-        assert torch.equal(micro_batch.final_NCHW[place], group.trajectory.final_GCHW[row.sibling])
+        assert torch.equal(micro_batch.final_NCHW[place], group.latents.final_GCHW[row.sibling])
         assert micro_batch.adv_N[place] == data.advantages[row.group].adv_G[row.sibling]
 
 
 def test_a_valid_sample_that_is_not_finite_is_named() -> None:
     data = step_data(Needs.FINAL)
-    data.groups[1].trajectory.final_GCHW[3, 0, 0, 0] = math.inf
+    data.groups[1].latents.final_GCHW[3, 0, 0, 0] = math.inf
     ((batch,),) = cuts(data)
     with pytest.raises(NumericsError, match=r"final_GCHW of sample \(11, 'p1', 0, 3\) is not finite"):
         list(batch.micro_batches())
@@ -145,4 +146,4 @@ def test_a_loss_of_one_step_refuses_a_mixed_micro_batch() -> None:
     micro_batch = next(batch.micro_batches())
     assert micro_batch.only_step() == 0
     with pytest.raises(ShapeError, match=r"got steps \[0, 1\]"):
-        replace(micro_batch, step_N=torch.tensor([0, 1, 0, 1])).only_step()
+        replace(micro_batch, item_N=torch.tensor([0, 1, 0, 1])).only_step()
