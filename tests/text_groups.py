@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,11 +11,13 @@ import torch
 from learner.algorithms import Algorithm, AlgorithmUnion, LossSetting, make_algorithm
 from learner.batching import StepData, TokenBatch, cut
 from learner.policies import PolicySet
-from raylign.keys import sample_generators
-from raylign.models.tokens import TokenPolicy, TokenPrompts
-from raylign.samplers.entropy_bounded import Budget, EntropyBounded, EntropyBoundedConfig, draw_budgets
-from raylign.samplers.tokens import Candidates, TokenTransition
-from raylign.types import Needs, Prompt, Rollout, RolloutGroup, RolloutStatus, SampleKey, TokenTrajectory
+from raylign.models.tokens import TokenPolicy
+from raylign.samplers import TokenSampler
+from raylign.samplers.entropy_bounded import Budget, EntropyBounded, EntropyBoundedConfig
+from raylign.types import Needs, Prompt, RolloutGroup
+from rollout.engine import ChunkRequest, RolloutEngine
+from rollout.prompts import GroupTask
+from rollout.texts import TokenSetup
 from tests.tiny_models import RUN_SEED, Reward, breakdown, by_sibling
 
 WORDS = ("ab", "abcdef", "c", "fade", "bead", "dcba")
@@ -31,7 +32,7 @@ def entropy_bounded(canvas_length: int = 8, budget: Budget = "fixed", **options:
 
 def draw_text_groups(
     policy: TokenPolicy,
-    sampler: EntropyBounded | None = None,
+    sampler: TokenSampler | None = None,
     *,
     num_groups: int = 3,
     group_size: int = 4,
@@ -39,17 +40,14 @@ def draw_text_groups(
     first_sequence: int = 0,
 ) -> list[RolloutGroup]:
     """Groups of the policy's answers to WORDS in turn, scored by `reward` of (group, sibling)."""
-    sampler = sampler or entropy_bounded(policy.canvas_length)
-    groups: list[RolloutGroup] = []
-    for sequence in range(first_sequence, first_sequence + num_groups):
-        prompt = Prompt(f"p{sequence}", WORDS[sequence % len(WORDS)])
-        keys = [SampleKey(RUN_SEED, prompt.id, 0, index) for index in range(group_size)]
-        prompts = policy.encode(prompt.text)
-        with torch.no_grad():
-            trajectory = unmask(policy, sampler, prompts.repeat(group_size), keys)
-        rollouts = tuple(Rollout(key, RolloutStatus.OK, 0, 0) for key in keys)
-        texts = tuple(policy.decode(trajectory.tokens_GL))
-        groups.append(RolloutGroup(prompt, 0, sequence, rollouts, trajectory, prompts, texts=texts))
+    setup = TokenSetup(sampler or entropy_bounded(policy.canvas_length), Needs.FINAL)
+    engine = RolloutEngine(policy, {"rollout": setup}, RUN_SEED)
+    engine.pull(policy.export_weights(0))
+    tasks = tuple(
+        GroupTask(Prompt(f"p{sequence}", WORDS[sequence % len(WORDS)]), 0, sequence)
+        for sequence in range(first_sequence, first_sequence + num_groups)
+    )
+    groups = engine.generate(ChunkRequest(tasks, tuple(range(group_size))))
     return [
         group.with_rewards([breakdown(reward(index, sibling)) for sibling in range(group_size)])
         for index, group in enumerate(groups)
@@ -59,42 +57,6 @@ def draw_text_groups(
 def rewarded(groups: Sequence[RolloutGroup], reward: Callable[[torch.Tensor], float]) -> list[RolloutGroup]:
     """The same groups scored by what each sibling wrote: `reward` is given its tokens, (L,)."""
     return [group.with_rewards([breakdown(reward(row)) for row in group.tokens.tokens_GL]) for group in groups]
-
-
-def unmask(
-    policy: TokenPolicy, sampler: EntropyBounded, prompts: TokenPrompts, keys: Sequence[SampleKey]
-) -> TokenTrajectory:
-    """One answer per key, on a canvas of one block; recorded as rollouts record it."""
-    config, mask_id = sampler.config, policy.vocabulary.mask_id
-    canvas_GL = torch.full((len(keys), policy.canvas_length), mask_id)
-    plain_GL, sampled_GL = torch.zeros(canvas_GL.shape), torch.zeros(canvas_GL.shape)
-    reveal_GL, nfe_G = torch.zeros_like(canvas_GL), torch.zeros(len(keys), dtype=torch.int64)
-    gamma_G, features_GD = torch.full((len(keys),), config.gamma), None
-    draws = sample_generators(keys, "tokens")
-    for step in range(policy.canvas_length):
-        masked_GL = canvas_GL == mask_id
-        busy_G = masked_GL.any(dim=1)
-        if not bool(busy_G.any()):
-            break
-        prediction = policy.predict(canvas_GL, prompts)
-        if step == 0 and config.budget != "fixed":
-            assert prediction.prompt_features_BD is not None
-            features_GD = prediction.prompt_features_BD if config.budget == "learned" else None
-            offset_G = torch.zeros(len(keys)) if features_GD is None else policy.log_budget(features_GD)
-            gamma_G = draw_budgets(config, offset_G, sample_generators(keys, "budget"))
-        transition = TokenTransition.of(prediction.logits_BLV, config.temperature, config.top_p)
-        tokens_GL = transition.sample(torch.stack([torch.rand(policy.canvas_length, generator=one) for one in draws]))
-        choice = Candidates(transition, tokens_GL, masked_GL, 0, step, policy.vocabulary.eos_id, gamma_G)
-        revealed_GL = sampler.choose(choice) & masked_GL
-        canvas_GL = torch.where(revealed_GL, tokens_GL, canvas_GL)
-        plain_GL = torch.where(revealed_GL, transition.plain_logprob(tokens_GL), plain_GL)
-        sampled_GL = torch.where(revealed_GL, transition.logprob(tokens_GL), sampled_GL)
-        reveal_GL[revealed_GL] = step
-        nfe_G += busy_G
-    log_gamma_G = gamma_G.log() if math.isfinite(config.gamma) else None
-    return TokenTrajectory(
-        canvas_GL, reveal_GL, sampled_GL, plain_GL, nfe_G, torch.zeros_like(nfe_G), log_gamma_G, features_GD
-    )
 
 
 def text_algorithm(config: AlgorithmUnion, policy: TokenPolicy, budget: Budget = "fixed", epochs: int = 1) -> Algorithm:
