@@ -1,12 +1,12 @@
 """Prompt files and the endless, stateless stream of prompts that a run walks through.
 
 A `.txt` file has one prompt per line; a `.jsonl` file one object per line with `prompt` and optional `id` and
-`metadata`. Blank lines and lines that start with `#` are skipped.
+`metadata`. Blank lines and lines that start with `#` are skipped. `PromptFields` reads objects of any other form,
+Parquet files and folders that `datasets` saved (rollout/datasets.py).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,7 @@ import torch
 from raylign.errors import PromptError
 from raylign.keys import generator
 from raylign.types import Prompt
-
-_JSON_KEYS = {"id", "prompt", "metadata"}
+from rollout.datasets import PromptFields, read_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,46 +50,25 @@ class PromptStream:
         return GroupTask(self.prompts[self._order[1][place]], visit, sequence)
 
 
-def load_prompts(path: Path) -> list[Prompt]:
-    """Read a prompt file. Raises PromptError naming file and line of the first line that cannot be read."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise PromptError(f"cannot read the prompt file {path}: {error.strerror or error}") from None
-    prompts = [
-        _parse_line(raw, path, number)
-        for number, raw in enumerate(lines, 1)
-        if raw.strip() and not raw.lstrip().startswith(b"#")
-    ]
-    seen: dict[str, int] = {}
+def load_prompts(path: Path, fields: PromptFields = PromptFields()) -> list[Prompt]:  # noqa: B008  # it is frozen
+    """Read a prompt file or data set. Raises PromptError naming the first place that cannot be read."""
+    prompts = list(read_prompts(path, fields))
+    seen: set[str] = set()
     for prompt in prompts:
         if prompt.id in seen:
             raise PromptError(f"{path} has two prompts with the id {prompt.id!r}; ids must be unique")
-        seen[prompt.id] = 1
+        seen.add(prompt.id)
     if not prompts:
         raise PromptError(f"{path} holds no prompts; write one per line")
     return prompts
 
 
-def _parse_line(raw: bytes, path: Path, number: int) -> Prompt:
-    where = f"{path}, line {number}"
-    try:
-        line = raw.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
+def refuse_overlap(train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
+    """Raise PromptError if a held-out prompt is trained on; white space does not make two prompts different."""
+    trained = {" ".join(prompt.text.split()) for prompt in train}
+    shared = [prompt for prompt in heldout if " ".join(prompt.text.split()) in trained]
+    if shared:
         raise PromptError(
-            f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8"
-        ) from None
-    default_id = f"{path.stem}:{number}"
-    if path.suffix != ".jsonl":
-        return Prompt(default_id, line)
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
-        raise PromptError(f'{where}: must be an object with a non-empty "prompt", got {line[:80]!r}')
-    if unknown := set(record) - _JSON_KEYS:
-        raise PromptError(f"{where}: unknown keys {sorted(unknown)}; put task data under metadata")
-    if not isinstance(record.get("metadata", {}), dict):
-        raise PromptError(f"{where}: metadata must be an object, got {record['metadata']!r}")
-    return Prompt(str(record.get("id", default_id)), record["prompt"], record.get("metadata", {}))
+            f"{len(shared)} of {len(heldout)} held-out prompts are training prompts too, the first is "
+            f"{shared[0].text[:200]!r} (id {shared[0].id!r}); a score on them would measure memory"
+        )

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from raylign.assets import resolve
 from raylign.errors import PromptError
 from raylign.types import Prompt
-from rollout.prompts import PromptStream, load_prompts
+from rollout.prompts import PromptStream, load_prompts, refuse_overlap
 
 
 def test_text_file_skips_blanks_and_comments(tmp_path: Path) -> None:
@@ -32,7 +33,9 @@ def test_jsonl_carries_ids_and_metadata(tmp_path: Path) -> None:
     ("line", "message"),
     [
         (b'{"prompt": "x"', "not valid JSON"),
-        (b'{"text": "x"}', 'non-empty "prompt"'),
+        (b'{"text": "x"}', "no column 'prompt'; there are 'text'"),
+        (b'{"prompt": " "}', "text that is not blank"),
+        (b'["x"]', "must be an object"),
         (b'{"prompt": "x", "target": "X"}', "unknown keys"),
         (b'{"prompt": "x", "metadata": 3}', "metadata must be an object"),
         (b'{"prompt": "\xff"}', "not UTF-8"),
@@ -65,3 +68,15 @@ def test_the_stream_visits_every_prompt_once_per_pass_and_needs_only_a_cursor() 
     assert [t.prompt.id for t in tasks[:7]] != [t.prompt.id for t in tasks[7:14]]
     assert PromptStream(prompts, run_seed=3).task(17) == tasks[17]
     assert [PromptStream(prompts, run_seed=4).task(n).prompt.id for n in range(7)] != [t.prompt.id for t in tasks[:7]]
+
+
+def test_a_held_out_prompt_that_is_trained_on_is_named() -> None:
+    train = [Prompt("a", "sort 1 2"), Prompt("b", "sort 2 1 ")]
+    refuse_overlap(train, [Prompt("c", "sort 12")])
+    with pytest.raises(PromptError, match=r"1 of 2 held-out prompts .*'sort  2 1' \(id 'd'\)"):
+        refuse_overlap(train, [Prompt("c", "sort 3 1"), Prompt("d", "sort  2 1")])
+
+
+def test_shipped_prompts_hold_out_what_they_say() -> None:
+    folder = resolve("asset:glyphs")
+    refuse_overlap(load_prompts(folder / "prompts_train.txt"), load_prompts(folder / "prompts_heldout.txt"))
