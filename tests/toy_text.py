@@ -6,13 +6,26 @@ a sampler or a loss does with it can be checked by hand or by recomputing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.functional import pad
 
 from raylign.errors import PromptError
-from raylign.models.tokens import BUDGET_HEAD, CacheKind, KvCache, TokenPrediction, TokenPrompts, Vocabulary
-from raylign.types import WeightVersion
+from raylign.models.tokens import (
+    BUDGET_HEAD,
+    CacheKind,
+    KvCache,
+    TokenPolicy,
+    TokenPrediction,
+    TokenPrompts,
+    Vocabulary,
+)
+from raylign.samplers import TokenSamplerConfig, make_token_sampler
+from raylign.types import Needs, Prompt, RolloutGroup, TokenTrajectory, WeightVersion
 from raylign.weights import WeightSnapshot, make_snapshot, verify_snapshot
+from rollout.engine import ChunkRequest, RolloutEngine, TokenSetup
+from rollout.prompts import GroupTask
 
 PAD_ID, EOS_ID, MASK_ID, FIRST_LETTER_ID = 0, 1, 2, 3
 NUM_LAYERS = 2
@@ -162,3 +175,26 @@ def _prompt_mean(hidden_BLD: torch.Tensor, real_BL: torch.Tensor) -> torch.Tenso
     """Mean over the real prompt tokens, without gradient; zero for a prompt without any."""
     weight_BL1 = real_BL[..., None].float()
     return ((hidden_BLD * weight_BL1).sum(dim=1) / weight_BL1.sum(dim=1).clamp_min(1)).detach()
+
+
+def draw_texts(
+    policy: TokenPolicy,
+    config: TokenSamplerConfig,
+    texts: Sequence[str] = ("abc",),
+    indices: Sequence[int] = (0, 1, 2, 3),
+    *,
+    gamma: float | None = None,
+    run_seed: int = 0,
+) -> list[RolloutGroup]:
+    """One group per text, drawn by the real engine in one chunk."""
+    setup = TokenSetup(make_token_sampler(config, policy.canvas_length), Needs.FINAL)
+    engine = RolloutEngine(policy, {"rollout": setup}, run_seed)
+    engine.pull(policy.export_weights(0))
+    tasks = tuple(GroupTask(Prompt(text, text), 0, place) for place, text in enumerate(texts))
+    return engine.generate(ChunkRequest(tasks, tuple(indices), gamma=gamma))
+
+
+def written(group: RolloutGroup) -> TokenTrajectory:
+    """A text group's trajectory."""
+    assert isinstance(group.trajectory, TokenTrajectory)
+    return group.trajectory
