@@ -203,10 +203,14 @@ class StepData:
         )
 
     def _tokens(self, rows: Sequence[Row]) -> TokenTrajectory:
-        """The rows' trajectories as one; every field of a valid row is finite."""
+        """The rows' trajectories as one; every field of a valid row is finite.
+
+        Budgets are kept where a head chose them: others may be 0, whose logarithm is not finite.
+        """
         columns: list[torch.Tensor | None] = []
+        first = self.groups[rows[0].group].tokens
         for name in TokenTrajectory.__dataclass_fields__:
-            absent = getattr(self.groups[rows[0].group].trajectory, name) is None
+            absent = getattr(first, name) is None or (name == "log_gamma_G" and first.budget_features_GD is None)
             columns.append(None if absent else torch.stack([self._row(row, name) for row in rows]))
         return TokenTrajectory(*columns)  # type: ignore[arg-type]  # in the order of its fields
 

@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from learner.learner import Learner
 from learner.parallel import RankGroup
 from raylign.keys import derive_seed
 from raylign.models import load_policy
-from raylign.samplers import make_sampler
+from raylign.models.tokens import TokenPolicy
+from raylign.samplers import IMAGE_SAMPLERS, make_sampler, make_token_sampler
 from raylign.samplers.euler_ode import EulerOdeConfig
 from raylign.types import Needs
-from rollout.engine import RolloutEngine, SamplerSetup
+from rollout.engine import RolloutEngine, SamplerSetup, TokenSetup
 from services.config import RunConfig
 
 
-def build_engine(config: RunConfig) -> RolloutEngine:
+def build_engine(config: RunConfig) -> RolloutEngine[Any]:
     """A rollout engine with the run's sampler and its evaluation sampler. Loads every model component."""
     torch.set_num_threads(config.rollout.num_threads)
     device = "cuda" if config.rollout.num_gpus > 0 else "cpu"
     policy = load_policy(
         config.model, "rollout", device, config.rollout.precision, config.fold_lora, adapter_seed(config)
     )
-    evaluation = EulerOdeConfig(
-        num_steps=config.eval.num_steps or config.sampler.num_steps,
-        guidance_scale=config.eval.guidance_scale,
-        shift=config.sampler.shift,
-    )
-    needs = config.algorithm.needs
-    return RolloutEngine(
-        policy,
-        {
-            "rollout": SamplerSetup(
-                make_sampler(config.sampler, policy.schedule_shift), config.sampler.guidance_scale, needs
-            ),
-            "eval": SamplerSetup(
-                make_sampler(evaluation, policy.schedule_shift), evaluation.guidance_scale, Needs.FINAL
-            ),
-        },
-        config.seed,
-    )
+    setups = {
+        "rollout": sampler_setup(policy, config.sampler, config.algorithm.needs),
+        "eval": sampler_setup(policy, evaluation_sampler(config), Needs.FINAL),
+    }
+    return RolloutEngine(policy, setups, config.seed)  # type: ignore[arg-type]  # its keys are slots
 
 
 def build_learner(config: RunConfig, ranks: RankGroup) -> Learner:
@@ -51,11 +41,31 @@ def build_learner(config: RunConfig, ranks: RankGroup) -> Learner:
         config.learner,
         config.algorithm,
         policy,
-        make_sampler(config.sampler, policy.schedule_shift),
+        sampler_setup(policy, config.sampler, config.algorithm.needs).sampler,
         guidance_scale=config.sampler.guidance_scale,
         micro_batch_size=config.micro_batch_size,
         run_seed=config.seed,
         ranks=ranks,
+    )
+
+
+def sampler_setup(policy: Any, sampler: Any, needs: Needs) -> SamplerSetup | TokenSetup:
+    """A sampler's configuration, bound to the policy's schedule or canvas."""
+    if type(sampler) in IMAGE_SAMPLERS:
+        return SamplerSetup(make_sampler(sampler, policy.schedule_shift), sampler.guidance_scale, needs)
+    text_policy: TokenPolicy = policy
+    return TokenSetup(make_token_sampler(sampler, text_policy.canvas_length), needs)
+
+
+def evaluation_sampler(config: RunConfig) -> Any:
+    """The configuration of the sampler of held-out prompts: the Euler ODE for pictures, the rollouts' for texts."""
+    if config.modality == "text":
+        return config.eval.sampler or config.sampler
+    sampler: Any = config.sampler
+    return EulerOdeConfig(
+        num_steps=config.eval.num_steps or sampler.num_steps,
+        guidance_scale=config.eval.guidance_scale,
+        shift=sampler.shift,
     )
 
 

@@ -75,7 +75,7 @@ def evaluate(
     config: Annotated[str | None, typer.Argument(help="Configuration; a run's own if not given.")] = None,
     pictures: Annotated[Path | None, typer.Option(help="Also write a grid of the pictures here (PNG).")] = None,
 ) -> None:
-    """Score the held-out prompts with the deterministic (ODE) and the stochastic (SDE) sampler."""
+    """Score the held-out prompts: pictures by the ODE and the SDE sampler, texts at each of `eval.gammas`."""
     from services.evaluate import evaluate_target
 
     name, overrides = split_config(config or "", "", context.args)

@@ -8,34 +8,39 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from learner.algorithms import AlgorithmConfig, NftConfig
+from learner.algorithms import IMAGE_ALGORITHMS, TEXT_ALGORITHMS, AlgorithmConfig
+from learner.algorithms.nft import NftConfig
 from learner.learner import LearnerConfig
 from raylign.assets import find_config
 from raylign.config import Config, load_config
-from raylign.models import ModelConfig
+from raylign.models import MODEL_FAMILIES, ModelConfig
 from raylign.models.sd3 import Sd3Config
 from raylign.precision import Precision
-from raylign.samplers import SAMPLERS, SamplerConfig
+from raylign.samplers import IMAGE_SAMPLERS, SAMPLERS, TOKEN_SAMPLERS, SamplerConfig, TokenSamplerConfig
+from raylign.samplers.entropy_bounded import EntropyBoundedConfig
 from raylign.samplers.euler_ode import EulerOdeConfig
 from raylign.types import Needs
 from rewards import RewardUnion
 from rewards.ocr import OcrConfig
+from rollout.datasets import PromptFields
 from services.reward_config import ServiceConfig
 
 Placement = Literal["in_process", "colocated", "separate"]
 
 
 class PromptsConfig(Config):
-    """Prompt files: `.txt` with one prompt per line, or `.jsonl`."""
+    """Prompt files: `.txt` with one prompt per line, `.jsonl`, `.parquet`, or the folder of a saved data set."""
 
     train: str = "asset:glyphs/prompts_train.txt"
     """Prompts that rollouts are drawn for."""
     heldout: str | None = "asset:glyphs/prompts_heldout.txt"
     """Prompts for evaluation only; none switches evaluation off."""
+    fields: PromptFields = PromptFields()
+    """Which columns hold what, where rows have columns."""
 
 
 class RolloutConfig(Config):
@@ -69,7 +74,7 @@ class CheckpointConfig(Config):
 
 
 class EvalConfig(Config):
-    """Held-out evaluation with a deterministic sampler: same keys every time."""
+    """Held-out evaluation: the same keys every time. Pictures by the Euler ODE, texts as the rollouts draw them."""
 
     every_steps: int = Field(default=20, ge=1)
     """Steps between evaluations; the first and last are always made."""
@@ -78,9 +83,13 @@ class EvalConfig(Config):
     samples_per_prompt: int = Field(default=2, ge=1)
     """Samples of each prompt; two or more also measure diversity."""
     num_steps: int | None = Field(default=None, ge=1)
-    """Denoising steps; the rollout sampler's when not given."""
+    """Denoising steps of pictures; the rollout sampler's when not given."""
     guidance_scale: float = Field(default=1.0, ge=1.0)
-    """Classifier-free guidance of the evaluation; 1 is off."""
+    """Classifier-free guidance of pictures; 1 is off."""
+    sampler: SamplerConfig | None = None
+    """How texts are drawn; as in rollouts when not given."""
+    gammas: tuple[float, ...] = ()
+    """Entropy budgets at which the first and the last evaluation are repeated: the accuracy-calls frontier."""
 
 
 class RunServiceConfig(ServiceConfig):
@@ -123,6 +132,11 @@ class RunConfig(Config):
     eval: EvalConfig = EvalConfig()
 
     @property
+    def modality(self) -> Literal["image", "text"]:
+        """What the model makes."""
+        return MODEL_FAMILIES[type(self.model)].modality
+
+    @property
     def chunk_size(self) -> int:
         """Samples per generated batch."""
         return self.rollout.chunk_size or self.group_size
@@ -156,6 +170,7 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _refuse_impossible_pairs(self) -> RunConfig:
         needs = self.algorithm.needs
+        self._check_modality()
         if Needs.LOGPROBS in needs and not SAMPLERS[type(self.sampler)].stochastic:
             raise ValueError(
                 f"algorithm {self.algorithm.type!r} scores each step's log-prob, which the deterministic sampler "
@@ -183,6 +198,49 @@ class RunConfig(Config):
             self._check_colocated()
         return self
 
+    def _check_modality(self) -> None:
+        """Model, sampler and algorithm must be of one kind."""
+        modality, family = self.modality, f"model {self.model.type!r} makes {self.modality}s"
+        samplers = IMAGE_SAMPLERS if modality == "image" else TOKEN_SAMPLERS
+        if type(self.sampler) not in samplers:
+            raise ValueError(
+                f"{family}, which sampler {self.sampler.type!r} cannot draw; set sampler.type to one of: "
+                f"{', '.join(_types(samplers))}"
+            )
+        algorithms = IMAGE_ALGORITHMS if modality == "image" else TEXT_ALGORITHMS
+        if type(self.algorithm) not in algorithms:
+            raise ValueError(
+                f"{family}, which algorithm {self.algorithm.type!r} cannot train; set algorithm.type to one of: "
+                f"{', '.join(_types(algorithms))}"
+            )
+        if modality == "text":
+            self._check_text()
+        elif self.eval.sampler is not None or self.eval.gammas:
+            raise ValueError("eval.sampler and eval.gammas are for text models; pictures have eval.num_steps")
+
+    def _check_text(self) -> None:
+        if isinstance(self.sampler, TokenSamplerConfig) and self.sampler.temperature == 0:
+            raise ValueError(
+                "sampler.temperature 0 makes all samples of a prompt equal, so nothing can be learnt from them; "
+                "set it above 0, and eval.sampler for greedy evaluation"
+            )
+        sampler = self.eval.sampler or self.sampler
+        if type(sampler) not in TOKEN_SAMPLERS:
+            raise ValueError(f"eval.sampler {sampler.type!r} draws pictures; choose one for texts")
+        learned = any(getattr(one, "budget", None) == "learned" for one in (self.sampler, sampler))
+        if learned != getattr(self.model, "budget_head", False):
+            raise ValueError(
+                "sampler.budget = 'learned' and model.budget_head = true belong together, as the head chooses the "
+                f"budgets; got budget_head = {str(not learned).lower()}"
+            )
+        if self.eval.gammas and not isinstance(sampler, EntropyBoundedConfig):
+            raise ValueError(
+                f"eval.gammas are entropy budgets, which sampler {sampler.type!r} has not; "
+                "set eval.sampler.type = 'entropy_bounded'"
+            )
+        if min(self.eval.gammas, default=0.0) < 0:
+            raise ValueError(f"eval.gammas must be at least 0, got {min(self.eval.gammas)}")
+
     def _check_learner_division(self) -> None:
         shares = self.learner.updates_per_step * self.learner.num_ranks
         samples = self.groups_per_step * self.group_size
@@ -191,7 +249,7 @@ class RunConfig(Config):
                 f"groups_per_step x group_size = {samples} samples do not divide into learner.updates_per_step x "
                 f"num_ranks = {self.learner.updates_per_step} x {self.learner.num_ranks} equal shares"
             )
-        if Needs.LOGPROBS in self.algorithm.needs:
+        if Needs.CHUNKS in self.algorithm.needs:
             # Their work is cut by whole rollout chunks, so that a micro-batch is what was sampled together.
             chunks = math.ceil(samples / self.micro_batch_size)
             if chunks % shares:
@@ -214,6 +272,11 @@ class RunConfig(Config):
                 f"colocated workers are rollout actor and learner rank in one, so rollout.num_actors and "
                 f"learner.num_ranks must be equal, got {self.rollout.num_actors} and {self.learner.num_ranks}"
             )
+
+
+def _types(table: Mapping[Any, object]) -> list[str]:
+    """The `type` of each configuration class of a table."""
+    return [config.model_fields["type"].default for config in table]
 
 
 def load_run_config(name: str, overrides: Mapping[str, str] | None = None) -> RunConfig:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from raylign.errors import CheckpointError, NumericsError, RaylignError, RewardError, StalenessError
@@ -37,6 +37,10 @@ class Observer(Protocol):
     def stepped(self, step: int, metrics: Mapping[str, float], groups: Sequence[RolloutGroup]) -> None: ...
 
     def evaluated(self, step: int, groups: Sequence[RolloutGroup]) -> None: ...
+
+    def swept(self, step: int, sweeps: Mapping[float, Sequence[RolloutGroup]]) -> None:
+        """Held-out groups by the entropy budget that they were drawn with."""
+        ...
 
 
 @dataclass(slots=True)
@@ -121,14 +125,24 @@ class Controller:
         return task
 
     async def evaluate(self, step: int) -> None:
-        """Draw the held-out prompts with the current policy, score them, and tell the observer."""
+        """Draw the held-out prompts with the current policy, score them, and tell the observer.
+
+        The first and the last evaluation are repeated at each of `eval.gammas`.
+        """
         samples = self._config.eval.samples_per_prompt
         chunk = max(samples, self._config.chunk_size // samples * samples)
         snapshot = await self._learner.publish(step, "current")
         await self._fleet.pull(snapshot, "eval")
-        groups = await self._make_groups(chunk_requests(self._heldout, samples, chunk, "eval"))
+        requests = chunk_requests(self._heldout, samples, chunk, "eval")
+        groups = await self._make_groups(requests)
         self._check_failures(groups, f"evaluation at step {step}")
         self._observer.evaluated(step, groups)
+        if self._config.eval.gammas and step in (0, self._config.num_steps):
+            sweeps = {
+                gamma: await self._make_groups([replace(request, gamma=gamma) for request in requests])
+                for gamma in self._config.eval.gammas
+            }
+            self._observer.swept(step, sweeps)
 
     async def _produce(self, start_step: int) -> None:
         config = self._config

@@ -1,4 +1,7 @@
-"""`raylign evaluate`: held-out rewards of a run or a model with the ODE and the SDE sampler, in this process."""
+"""`raylign evaluate`: held-out rewards of a run or a model, in this process.
+
+Pictures are drawn by the ODE and the SDE sampler; texts as in the run's evaluation, and at each of `eval.gammas`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import asyncio
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,15 +23,13 @@ from raylign.assets import resolve
 from raylign.config import load_config
 from raylign.errors import ConfigError
 from raylign.models import load_policy
-from raylign.samplers import make_sampler
-from raylign.samplers.euler_ode import EulerOdeConfig
 from raylign.samplers.flow_sde import FlowSdeConfig
 from raylign.types import Needs, RolloutGroup
 from raylign.weights import WeightSnapshot, make_snapshot
 from rewards import RewardMix, make_mix
-from rollout.engine import RolloutEngine, SamplerSetup, Slot, chunk_requests
+from rollout.engine import RolloutEngine, chunk_requests
 from rollout.prompts import GroupTask, load_prompts
-from services.assembly import adapter_seed
+from services.assembly import adapter_seed, evaluation_sampler, sampler_setup
 from services.config import RunConfig, load_run_config
 from services.export import trained_tensors
 from services.pictures import Caption, grid, save_png
@@ -34,7 +37,14 @@ from services.run_dir import RunDir
 from services.scoring import score_groups
 from services.step_metrics import eval_metrics
 
-_SLOTS: tuple[tuple[str, Slot], ...] = (("ode", "eval"), ("sde", "rollout"))
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One way of drawing the held-out prompts: a column of the table."""
+
+    name: str
+    sampler: Any
+    gamma: float | None = None
 
 
 def evaluate_target(
@@ -68,40 +78,47 @@ def evaluate_target(
 def _evaluate(config: RunConfig, snapshot: WeightSnapshot | None, pictures: Path | None) -> dict[str, dict[str, float]]:
     torch.set_num_threads(config.rollout.num_threads)
     policy = load_policy(config.model, "rollout", seed=adapter_seed(config))
-    num_steps, scale = config.eval.num_steps or config.sampler.num_steps, config.eval.guidance_scale
-    shift = config.sampler.shift
-    noise_level = (config.sampler if isinstance(config.sampler, FlowSdeConfig) else FlowSdeConfig()).noise_level
-    samplers: dict[Slot, EulerOdeConfig | FlowSdeConfig] = {
-        "eval": EulerOdeConfig(num_steps=num_steps, guidance_scale=scale, shift=shift),
-        # An SDE has at least one step before the last.
-        "rollout": FlowSdeConfig(
-            num_steps=max(2, num_steps), guidance_scale=scale, shift=shift, noise_level=noise_level
-        ),
-    }
-    setups: dict[Slot, SamplerSetup] = {
-        slot: SamplerSetup(make_sampler(sampler, policy.schedule_shift), scale, Needs.FINAL)
-        for slot, sampler in samplers.items()
-    }
-    engine = RolloutEngine(policy, setups, config.seed)
     weights = snapshot or policy.export_weights(0)
-    prompts = load_prompts(resolve(str(config.prompts.heldout)))[: config.eval.num_prompts]
+    prompts = load_prompts(resolve(str(config.prompts.heldout)), config.prompts.fields)[: config.eval.num_prompts]
     tasks = [GroupTask(prompt, -1, place) for place, prompt in enumerate(prompts)]
     scorer = make_mix(config.rewards)
     results: dict[str, dict[str, float]] = {}
-    for name, slot in _SLOTS:
-        engine.pull(weights, slot)
-        groups = asyncio.run(_score_all(engine, scorer, tasks, config.eval.samples_per_prompt, slot, name))
-        results[name] = {key.removeprefix("eval/"): value for key, value in eval_metrics(groups).items()}
+    for way in _ways(config):
+        setup = sampler_setup(policy, way.sampler, Needs.FINAL)
+        engine = RolloutEngine(policy, {"eval": setup}, config.seed)
+        engine.pull(weights, "eval")
+        groups = asyncio.run(_score_all(engine, scorer, tasks, config.eval.samples_per_prompt, way))
+        results[way.name] = {key.removeprefix("eval/"): value for key, value in eval_metrics(groups).items()}
         if pictures is not None:
-            _save_pictures(pictures.with_stem(f"{pictures.stem}_{name}"), groups)
+            _save_pictures(pictures.with_stem(f"{pictures.stem}_{way.name}"), groups)
     return results
 
 
+def _ways(config: RunConfig) -> list[_Way]:
+    if config.modality == "text":
+        sampler = evaluation_sampler(config)
+        return [
+            _Way(sampler.type, sampler),
+            *(_Way(f"gamma_{gamma:g}", sampler, gamma) for gamma in config.eval.gammas),
+        ]
+    ode = evaluation_sampler(config)
+    noise_level = (config.sampler if isinstance(config.sampler, FlowSdeConfig) else FlowSdeConfig()).noise_level
+    sde = FlowSdeConfig(
+        # An SDE has at least one step before the last.
+        num_steps=max(2, ode.num_steps),
+        guidance_scale=ode.guidance_scale,
+        shift=ode.shift,
+        noise_level=noise_level,
+    )
+    return [_Way("ode", ode), _Way("sde", sde)]
+
+
 async def _score_all(
-    engine: RolloutEngine, scorer: RewardMix, tasks: Sequence[GroupTask], samples: int, slot: Slot, name: str
+    engine: RolloutEngine[Any], scorer: RewardMix, tasks: Sequence[GroupTask], samples: int, way: _Way
 ) -> list[RolloutGroup]:
     groups: list[RolloutGroup] = []
-    for request in track(chunk_requests(tasks, samples, samples * 4, slot), description=f"{name} sampler"):
+    requests = [replace(request, gamma=way.gamma) for request in chunk_requests(tasks, samples, samples * 4, "eval")]
+    for request in track(requests, description=way.name):
         for group in engine.generate(request):
             groups += await score_groups(scorer, [group])
     return groups

@@ -1,4 +1,4 @@
-"""`raylign export`: a run's newest checkpoint as files that diffusers loads by itself."""
+"""`raylign export`: a run's newest checkpoint as files that the model's own library loads by itself."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ def trained_tensors(path: Path) -> dict[str, torch.Tensor]:
 def _say_how_to_load(config: RunConfig, directory: Path, adapter_only: bool) -> None:
     console = Console(highlight=False)
     console.print(f"Exported to {directory}")
+    if config.modality == "text":
+        console.print(f'  in a configuration: model = {{ type = "{config.model.type}", path = "{directory}" }}')
+        return
     if not adapter_only:
         console.print(f'  pipe = StableDiffusion3Pipeline.from_pretrained("{directory}")')
     if config.model.tuning == "lora":

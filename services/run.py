@@ -20,7 +20,7 @@ from raylign.metrics import MetricsRow, make_sinks, read_metrics
 from raylign.models import check_model
 from raylign.types import Prompt
 from rewards import make_mix
-from rollout.prompts import GroupTask, PromptStream, load_prompts
+from rollout.prompts import GroupTask, PromptStream, load_prompts, refuse_overlap
 from services.config import RunConfig, read_resolved_config
 from services.console import RunConsole
 from services.controller import Controller
@@ -128,10 +128,12 @@ def _go(
 def _read_inputs(config: RunConfig) -> _Inputs:
     """Check the model directory, read the prompts, and let every required reward check each, before anything starts."""
     check_model(config.model)
-    prompts = load_prompts(resolve(config.prompts.train))
+    prompts = load_prompts(resolve(config.prompts.train), config.prompts.fields)
     heldout: list[Prompt] = []
     if config.prompts.heldout is not None:
-        heldout = load_prompts(resolve(config.prompts.heldout))[: config.eval.num_prompts]
+        heldout = load_prompts(resolve(config.prompts.heldout), config.prompts.fields)
+        refuse_overlap(prompts, heldout)
+        heldout = heldout[: config.eval.num_prompts]
     rewards = make_mix(config.rewards)
     for prompt in (*prompts, *heldout):
         rewards.check(prompt)
@@ -143,11 +145,18 @@ def _inputs_sha256(config: RunConfig) -> str:
     """Identity of the prompt files (contents) and of the model directory (names and sizes: contents are many GB)."""
     digest = hashlib.sha256()
     for name in (config.prompts.train, config.prompts.heldout):
-        digest.update(b"" if name is None else resolve(name).read_bytes())
+        if name is not None:
+            for path in _files(resolve(name)):
+                digest.update(path.read_bytes())
     model = resolve(config.model.path)
-    for path in sorted(path for path in model.rglob("*") if path.is_file()):
+    for path in _files(model):
         digest.update(f"{path.relative_to(model)} {path.stat().st_size}\n".encode())
     return digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a folder in a fixed order, or the file itself."""
+    return [path] if path.is_file() else sorted(inner for inner in path.rglob("*") if inner.is_file())
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -156,7 +165,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     def absolute(path: str | None) -> str | None:
         return path if path is None or path.startswith(PREFIX) else str(Path(path).expanduser().resolve())
 
-    prompts = {name: absolute(value) for name, value in config.prompts.model_dump().items()}
+    prompts = {"train": absolute(config.prompts.train), "heldout": absolute(config.prompts.heldout)}
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"path": absolute(config.model.path)}),

@@ -40,6 +40,7 @@ async def score_groups(scorer: Scorer, groups: Sequence[RolloutGroup]) -> list[R
             id=f"{group.prompt.id}/{group.visit}/{rollout.key.sample_index}",
             prompt=group.prompt,
             image_HWC=None if group.images_GHWC is None else group.images_GHWC[place],
+            text=None if group.texts is None else group.texts[place],
             group_id=f"{group.prompt.id}/{group.visit}",
         )
         for group in groups

@@ -1,15 +1,16 @@
-"""Numbers of one step, from its groups: rewards, failures, ages, phases. Pure."""
+"""Numbers of one step, from its groups: rewards, failures, ages, phases, calls of the network. Pure."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from raylign.types import RolloutGroup, RolloutStatus, StepResult, WeightVersion
+from raylign.types import RolloutGroup, RolloutStatus, StepResult, TokenTrajectory, WeightVersion
 
 
 def step_metrics(
@@ -22,6 +23,7 @@ def step_metrics(
     """
     metrics: dict[str, float] = {"weight_version": version}
     metrics |= reward_metrics(groups, "reward")
+    metrics |= text_metrics(groups)
     busy: Counter[str] = Counter()
     for group in groups:
         busy.update(group.seconds)
@@ -75,10 +77,29 @@ def eval_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """A held-out evaluation: reward means, how many samples have none ("failed"), and diversity."""
     metrics = reward_metrics(groups, "eval")
     metrics["eval/failed"] = float(failed_samples(groups)[0])
+    metrics |= {f"eval/{name.removesuffix('/mean')}": value for name, value in text_metrics(groups).items()}
     spread = diversity(groups)
     if spread is not None:
         metrics["eval/diversity"] = spread
     return metrics
+
+
+def text_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Of texts: calls of the network (NFE) per sample, those that computed a part only, entropy budget, characters.
+
+    NFE is counted per sample until it is done; {} for pictures, which all take the sampler's steps.
+    """
+    tokens = [group.trajectory for group in groups if isinstance(group.trajectory, TokenTrajectory)]
+    if not tokens:
+        return {}
+    budgets = [one.log_gamma_G for one in tokens if one.log_gamma_G is not None]
+    means = {
+        "nfe/mean": [float(nfe) for one in tokens for nfe in one.nfe_G.tolist()],
+        "cached_calls/mean": [float(calls) for one in tokens for calls in one.cached_calls_G.tolist()],
+        "gamma/mean": [math.exp(log) for log_gamma_G in budgets for log in log_gamma_G.tolist()],
+        "characters/mean": [float(len(text)) for group in groups for text in group.texts or ()],
+    }
+    return {name: statistics.fmean(values) for name, values in means.items() if values}
 
 
 def valid_totals(group: RolloutGroup) -> list[float]:
@@ -100,12 +121,15 @@ def failed_samples(groups: Sequence[RolloutGroup]) -> tuple[int, str]:
 
 
 def diversity(groups: Sequence[RolloutGroup]) -> float | None:
-    """Mean root-mean-square pixel distance, in [0, 1], between two samples of one prompt; None without pairs.
+    """How unlike two samples of one prompt are, in [0, 1]; None without pairs.
 
-    A reward that does not ask for variety lets it collapse, so it is shown next to the reward.
+    Pictures: mean root-mean-square pixel distance. Texts: the share of pairs that are not equal. A reward that does
+    not ask for variety lets it collapse, so it is shown next to the reward.
     """
     distances: list[float] = []
     for group in groups:
+        if group.texts is not None:
+            distances += [float(one != other) for one, other in itertools.combinations(group.texts, 2)]
         if group.images_GHWC is None:
             continue
         pictures = group.images_GHWC.astype(np.float32).reshape(group.group_size, -1) / 255.0
