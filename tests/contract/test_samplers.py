@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch.distributions import Normal
 
 from raylign.errors import ShapeError
-from raylign.samplers import IMAGE_SAMPLERS, SAMPLERS, Sampler, SamplerConfig, flow_sigmas, make_sampler
+from raylign.samplers import (
+    IMAGE_SAMPLERS,
+    SAMPLERS,
+    TOKEN_SAMPLERS,
+    Candidates,
+    Sampler,
+    SamplerConfig,
+    TokenSampler,
+    TokenTransition,
+    flow_sigmas,
+    make_sampler,
+    make_token_sampler,
+)
 
 ROWS = pytest.mark.parametrize("config_cls", IMAGE_SAMPLERS)
 STATE, VELOCITY, NOISE = (torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(n)) for n in range(3))
@@ -91,3 +104,81 @@ def test_gradients_reach_the_velocity(config_cls: type) -> None:
         sampler.transition(velocity, STATE, step).mean_BCHW.sum().backward()
         assert velocity.grad is not None
         assert (velocity.grad != 0).all()
+
+
+TEXT_ROWS = pytest.mark.parametrize("config_cls", TOKEN_SAMPLERS)
+LENGTH, MASK_ID = 8, 2
+
+
+def make_text(config_cls: type, **values: object) -> TokenSampler:
+    return make_token_sampler(config_cls(**values), LENGTH)
+
+
+def candidates(seed: int, masked_BL: torch.Tensor, step: int = 0) -> Candidates:
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(masked_BL), LENGTH, 7, generator=draw).index_fill(2, torch.tensor([MASK_ID]), -torch.inf)
+    transition = TokenTransition.of(2 * logits, 1.0, 1.0)
+    tokens = transition.sample(torch.rand(len(masked_BL), LENGTH, generator=draw))
+    gamma, order = torch.full((len(masked_BL),), 0.5), torch.rand(len(masked_BL), LENGTH, generator=draw)
+    return Candidates(transition, tokens, masked_BL, 0, step, 1, gamma_B=gamma, order_BL=order)
+
+
+@pytest.mark.parametrize("config_cls", SAMPLERS)
+def test_the_tables_modality_is_the_samplers(config_cls: type) -> None:
+    assert SAMPLERS[config_cls].modality == ("image" if config_cls in IMAGE_SAMPLERS else "text")
+
+
+@TEXT_ROWS
+def test_a_text_sampler_is_named_in_the_configuration_and_has_the_common_keys(config_cls: type) -> None:
+    tag = config_cls.model_fields["type"].default
+    config = TypeAdapter(SamplerConfig).validate_python({"type": tag, "temperature": 0.5, "top_p": 0.9})
+    assert isinstance(config, config_cls)
+    assert isinstance(make_text(config_cls), TOKEN_SAMPLERS[config_cls])
+    assert {"guidance_scale", "cache", "cache_refresh", "stop_at_eos"} <= config_cls.model_fields.keys()
+    assert all(field.description for field in config_cls.model_fields.values() if field.default != tag)
+
+
+@TEXT_ROWS
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"guidance_scale": 0.5}])
+def test_a_common_key_out_of_range_is_refused(config_cls: type, bad: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(bad))):
+        config_cls(**bad)
+
+
+@TEXT_ROWS
+def test_it_reveals_masked_positions_only_and_one_at_least(config_cls: type) -> None:
+    sampler = make_text(config_cls)
+    for seed in range(5):
+        masked_BL = torch.rand(6, LENGTH, generator=torch.Generator().manual_seed(seed)) < 0.4
+        masked_BL[:, seed] = True
+        chosen = sampler.choose(candidates(seed, masked_BL))
+        assert chosen.dtype == torch.bool
+        assert not bool((chosen & ~masked_BL).any())
+        assert bool(chosen.any(dim=1).all())
+
+
+@TEXT_ROWS
+def test_a_rows_choice_does_not_depend_on_its_neighbours(config_cls: type) -> None:
+    sampler = make_text(config_cls)
+    masked_BL = torch.rand(6, LENGTH, generator=torch.Generator().manual_seed(9)) < 0.6
+    masked_BL[:, 0] = True
+    together = candidates(3, masked_BL)
+    one = slice(2, 3)
+    alone = replace(
+        together,
+        transition=TokenTransition(*(getattr(together.transition, name)[one] for name in TokenTransition.__slots__)),
+        **{name: getattr(together, name)[one] for name in ("tokens_BL", "masked_BL", "gamma_B", "order_BL")},
+    )
+    assert torch.equal(sampler.choose(together)[one], sampler.choose(alone))
+
+
+@TEXT_ROWS
+def test_its_calls_finish_every_block(config_cls: type) -> None:
+    sampler = make_text(config_cls)
+    masked_BL = torch.ones(3, LENGTH, dtype=torch.bool)
+    masked_BL[:, sampler.block_length :] = False
+    for step in range(LENGTH):
+        if not bool(masked_BL.any()):
+            break
+        masked_BL &= ~sampler.choose(candidates(step, masked_BL, step))
+    assert not bool(masked_BL.any())
