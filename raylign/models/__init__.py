@@ -4,41 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, overload
 
 import torch
+from pydantic import Field
 
+from raylign.config import Config
 from raylign.models.base import DenoisingPolicy, Role
 from raylign.models.sd3 import Sd3Config, check_sd3, load_sd3
 from raylign.models.sd3_export import export_sd3
+from raylign.models.text_checkpoint import TextFormat, check_text, export_text, load_text
+from raylign.models.text_policy import TextModelConfig
+from raylign.models.tiny_text import TINY_TEXT, TinyTextConfig
+from raylign.models.tokens import TokenPolicy
 from raylign.precision import Precision
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What one model family brings."""
+    """What one model family brings. Its policies are DenoisingPolicy for images, TokenPolicy for text."""
 
-    load: Callable[[Any, Role, str, Precision, bool, int], DenoisingPolicy]
+    modality: Literal["image", "text"]
+    load: Callable[[Any, Role, str, Precision, bool, int], Any]
     check: Callable[[Any], None]
     export: Callable[[Any, Mapping[str, torch.Tensor], Path, bool], None]
 
 
-# One family so far, so no union yet: a second row turns this into a discriminated union on `type`.
-ModelConfig = Sd3Config
-MODEL_FAMILIES = {
-    Sd3Config: Family(load_sd3, check_sd3, export_sd3),
+def _text_family(text_format: TextFormat) -> Family:
+    return Family(
+        "text", partial(load_text, text_format), partial(check_text, text_format), partial(export_text, text_format)
+    )
+
+
+ModelConfig = Annotated[Sd3Config | TinyTextConfig, Field(discriminator="type")]
+MODEL_FAMILIES: dict[type[Config], Family] = {
+    Sd3Config: Family("image", load_sd3, check_sd3, export_sd3),
+    TinyTextConfig: _text_family(TINY_TEXT),
 }
 
 
+@overload
 def load_policy(
-    config: ModelConfig,
+    config: Sd3Config,
     role: Role,
     device: str = "cpu",
     precision: Precision = "fp32",
     fold: bool = False,
     seed: int = 0,
-) -> DenoisingPolicy:
+) -> DenoisingPolicy: ...
+
+
+@overload
+def load_policy(
+    config: TextModelConfig,
+    role: Role,
+    device: str = "cpu",
+    precision: Precision = "fp32",
+    fold: bool = False,
+    seed: int = 0,
+) -> TokenPolicy: ...
+
+
+def load_policy(
+    config: ModelConfig | TextModelConfig,
+    role: Role,
+    device: str = "cpu",
+    precision: Precision = "fp32",
+    fold: bool = False,
+    seed: int = 0,
+) -> DenoisingPolicy | TokenPolicy:
     """Load the model a configuration names; see the family's loader for the arguments and errors."""
     return MODEL_FAMILIES[type(config)].load(config, role, device, precision, fold, seed)
 

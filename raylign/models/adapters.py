@@ -32,6 +32,11 @@ class LoraSettings(Config):
         return self.alpha / self.rank
 
 
+def adapter_pair(module_name: str) -> tuple[str, str]:
+    """The names of the tensors A and B that adapt a module."""
+    return module_name + _DOWN, module_name + _UP
+
+
 def attach_lora(network: nn.Module, settings: LoraSettings, targets: tuple[str, ...], seed: int) -> None:
     """Freeze `network` and add a trainable PEFT adapter named "default", seeded, in fp32.
 
@@ -54,7 +59,7 @@ def attach_lora(network: nn.Module, settings: LoraSettings, targets: tuple[str, 
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network.add_adapter(config)  # type: ignore[operator]  # diffusers' PeftAdapterMixin
+        peft.inject_adapter_in_model(config, network)
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -29,7 +29,8 @@ class BlockCache:
         self.span = span
         self.shift = shift
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._place = slice(0, 0)
+        self.place = slice(0, 0)
+        """The positions of [prompt][canvas] that the last call computed."""
 
     @property
     def is_filled(self) -> bool:
@@ -39,10 +40,10 @@ class BlockCache:
         """Which of the `num_prompt + length` positions of [prompt][canvas] the next call computes."""
         if self.is_filled:
             stop = self.span.stop if self.kind == "dual" else length
-            self._place = slice(num_prompt + self.span.start - self.shift, num_prompt + stop)
+            self.place = slice(num_prompt + self.span.start - self.shift, num_prompt + stop)
         else:
-            self._place = slice(0, num_prompt + length)
-        return self._place
+            self.place = slice(0, num_prompt + length)
+        return self.place
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a layer's computed keys and values, (B, heads, computed, width); return those of all positions."""
@@ -50,8 +51,8 @@ class BlockCache:
             self._kept.append((keys, values))
         kept_keys, kept_values = self._kept[layer_idx]
         if keys is not kept_keys:
-            kept_keys[:, :, self._place] = keys
-            kept_values[:, :, self._place] = values
+            kept_keys[:, :, self.place] = keys
+            kept_values[:, :, self.place] = values
         return kept_keys, kept_values
 
     def keep(self, rows_B: torch.Tensor) -> None:

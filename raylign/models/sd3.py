@@ -17,12 +17,13 @@ from pydantic import Field
 from raylign.assets import resolve
 from raylign.config import Config
 from raylign.errors import ModelError
-from raylign.models.adapters import LoraSettings, attach_lora, fold_lora, lora_shapes
+from raylign.models.adapters import LoraSettings
 from raylign.models.base import Conditioning, Role
+from raylign.models.tuned import TunedWeights
 from raylign.precision import DTYPES, Precision
 from raylign.shapes import check_shape
 from raylign.types import WeightVersion
-from raylign.weights import WeightSnapshot, make_snapshot, verify_snapshot
+from raylign.weights import WeightSnapshot
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
@@ -64,8 +65,6 @@ class Sd3Policy:
     """A DenoisingPolicy over diffusers modules. In a learner, text encoders and VAE are absent.
 
     diffusers' modules and their configurations are typed as Any: their stubs know neither `config.x` nor calls.
-    An adapter is either attached (PEFT computes W x + s B A x, as the learner does) or, with `fold`, added into
-    plain weights on load: faster, and equal only up to rounding.
     """
 
     def __init__(
@@ -75,15 +74,14 @@ class Sd3Policy:
         pipeline: Any | None,
         vae_config: dict[str, Any],
         schedule_shift: float,
-        fold: bool,
+        weights: TunedWeights,
     ) -> None:
         self.config = config
         self.transformer = transformer
         self.schedule_shift = schedule_shift
         self.device = next(transformer.parameters()).device
         self._pipeline = pipeline
-        self._fold = fold and config.tuning == "lora"
-        self._pristine: dict[str, torch.Tensor] = {}
+        self._weights = weights
         factor = _latent_factor(config, vae_config, transformer.config.patch_size)
         self.latent_shape = (transformer.config.in_channels, config.height // factor, config.width // factor)
 
@@ -125,29 +123,16 @@ class Sd3Policy:
         return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
     def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
-        return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+        return self._weights.parameters()
 
     def enable_gradient_checkpointing(self) -> None:
         self.transformer.enable_gradient_checkpointing()
 
     def export_weights(self, version: WeightVersion, tensors: dict[str, torch.Tensor] | None = None) -> WeightSnapshot:
-        source = self.trainable_parameters() if tensors is None else tensors
-        kind = "adapter" if self.config.tuning == "lora" else "full"
-        return make_snapshot(dict(source), version, kind, self.config.lora.scale)
+        return self._weights.export(version, tensors)
 
     def load_weights(self, snapshot: WeightSnapshot) -> None:
-        parameters = self.trainable_parameters()
-        if self._fold:
-            shapes = lora_shapes(self.transformer, self.config.lora, self.config.lora.targets or LORA_TARGETS)
-        else:
-            shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-        tensors = verify_snapshot(snapshot, shapes)
-        with torch.no_grad():
-            if self._fold:
-                fold_lora(self.transformer, tensors, snapshot.lora_scale, self._pristine)
-                return
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
+        self._weights.load(snapshot)
 
     def _need_pipeline(self, action: str) -> Any:
         if self._pipeline is None:
@@ -169,14 +154,11 @@ def load_sd3(
     pipeline = load_pipeline(folder, precision).to(device) if role == "rollout" else None
     transformer: Any = pipeline.transformer if pipeline is not None else _load_transformer(folder).to(device)
     transformer.eval()
-    if config.tuning == "full":
-        transformer.requires_grad_(True)
-    elif fold and role == "rollout":
-        transformer.requires_grad_(False)
-    else:
-        attach_lora(transformer, config.lora, config.lora.targets or LORA_TARGETS, seed)
+    weights = TunedWeights(
+        transformer, config.tuning, config.lora, LORA_TARGETS, fold=fold and role == "rollout", seed=seed
+    )
     shift = float(_read_json(folder / "scheduler" / "scheduler_config.json").get("shift", 1.0))
-    return Sd3Policy(config, transformer, pipeline, _vae_config(folder), shift, fold and role == "rollout")
+    return Sd3Policy(config, transformer, pipeline, _vae_config(folder), shift, weights)
 
 
 def check_sd3(config: Sd3Config) -> None:

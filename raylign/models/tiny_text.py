@@ -17,9 +17,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from raylign.config import Config
+from raylign.config import Config, parse_config
 from raylign.errors import ModelError
-from raylign.models.bidirectional import BidirectionalNetwork, NetworkShape
+from raylign.models.bidirectional import BLOCK_LINEARS, BidirectionalNetwork, NetworkShape
+from raylign.models.text_checkpoint import NameMap, TextFormat
+from raylign.models.text_policy import TextModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -93,18 +95,16 @@ class PositionFeatures(nn.Module):
 
 
 def make_tiny_text(settings: TinyTextSettings, seed: int) -> BidirectionalNetwork:
-    """A network with random weights on the CPU, the same for the same seed: normal with deviation .02 throughout,
-    norms one, and what adds to the residual stream scaled down by the square root of its number of terms (GPT-2)."""
-    network = BidirectionalNetwork(
-        network_shape(settings), PositionFeatures(settings) if settings.position_features else None
-    )
+    """A network with random weights on the CPU, the same for the same seed: norms one, matrices of variance
+    1 / (3 fan-in), as torch starts its linear layers, and embeddings of deviation .3 (.02 learns to sort slower)."""
+    features = PositionFeatures(settings) if settings.position_features else None
+    network = BidirectionalNetwork(network_shape(settings), features)
     draws = torch.Generator().manual_seed(seed)
-    shrink = (2 * settings.num_hidden_layers) ** -0.5
     with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if parameter.ndim > 1:
-                scale = shrink if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-                parameter.copy_(0.02 * scale * torch.randn(parameter.shape, generator=draws))
+        for module in network.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                scale = (3 * module.in_features) ** -0.5 if isinstance(module, nn.Linear) else 0.3
+                module.weight.copy_(scale * torch.randn(module.weight.shape, generator=draws))
     return network
 
 
@@ -174,3 +174,42 @@ def save_tiny_text(
     tensors = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(str(folder))
+
+
+class TinyTextConfig(TextModelConfig):
+    """A tiny text model directory and how it is trained."""
+
+    type: Literal["tiny_text"] = "tiny_text"
+    canvas_length: int = Field(default=8, ge=1)
+    """Response positions; at most the model's own."""
+    max_prompt_length: int = Field(default=32, ge=1)
+    """Longest prompt in tokens; at most the model's own."""
+    chat_template: bool = False
+    """Tiny models read prompts as they are."""
+
+
+def build_tiny_text(described: dict[str, Any], config: TextModelConfig) -> BidirectionalNetwork:
+    """The network that a config.json describes. Raises ModelError for lengths it has no positions for."""
+    settings = parse_config(TinyTextSettings, described, f"{config.path}/config.json")
+    for key, most in (("canvas_length", settings.max_canvas_length), ("max_prompt_length", settings.max_prompt_length)):
+        if getattr(config, key) > most:
+            raise ModelError(f"model.{key} is {getattr(config, key)}, this model has positions for {most}")
+    features = PositionFeatures(settings) if settings.position_features else None
+    return BidirectionalNetwork(network_shape(settings), features)
+
+
+def _tokenizer_class() -> type[PreTrainedTokenizerFast]:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast
+
+
+_OUTER = ("embed_tokens.weight", "norm.weight", "lm_head.weight")
+_FEATURES = tuple(f"position_features.{name}.weight" for name in ("index", "row", "column", "box"))
+_LAYER = (*(f"{name}.weight" for name in BLOCK_LINEARS), "input_layernorm.weight", "post_attention_layernorm.weight")
+TINY_TEXT = TextFormat(
+    model_type="tiny_text",
+    names=NameMap({name: name for name in (*_OUTER, *_FEATURES)}, {name: name for name in _LAYER}, "layers."),
+    build=build_tiny_text,
+    tokenizer=_tokenizer_class,
+)

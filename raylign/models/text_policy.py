@@ -1,0 +1,164 @@
+"""A masked diffusion language model as a `TokenPolicy`: a bidirectional network, a tokenizer, weights to train.
+
+One class serves all text families, actor and learner alike: what the learner scores is what the actor sampled from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.nn.functional import pad
+
+from raylign.config import Config
+from raylign.errors import PromptError, ShapeError
+from raylign.models.adapters import LoraSettings
+from raylign.models.bidirectional import BidirectionalNetwork
+from raylign.models.kv_cache import BlockCache
+from raylign.models.tokens import BUDGET_HEAD, CacheKind, KvCache, TokenPrediction, TokenPrompts, Vocabulary
+from raylign.models.tuned import TunedWeights, Tuning
+from raylign.shapes import check_shape
+from raylign.types import WeightVersion
+from raylign.weights import WeightSnapshot
+
+
+class TextModelConfig(Config):
+    """What every text family's configuration has."""
+
+    path: str
+    """Model directory in the Hugging Face layout: config.json, safetensors, tokenizer files."""
+    canvas_length: int = Field(default=256, ge=1)
+    """Response positions, all of which are filled; d1 and its successors train with 256."""
+    max_prompt_length: int = Field(default=256, ge=1)
+    """Longest prompt in tokens, template included; a longer one is refused."""
+    tuning: Tuning = "lora"
+    """Train a LoRA adapter or every weight of the network."""
+    lora: LoraSettings = LoraSettings()
+    """The adapter, when tuning is "lora"; its targets are linear layers by the names the checkpoint gives them."""
+    chat_template: bool = True
+    """Wrap prompts in the tokenizer's chat template; false for base models, which read the text as it is."""
+    budget_head: bool = False
+    """Add the head that chooses each prompt's entropy budget; see the entropy-bounded sampler."""
+
+
+class TextPolicy:
+    """A TokenPolicy over a `BidirectionalNetwork`.
+
+    shift: 1 for a model whose raw output at position k - 1 says what token k is, else 0.
+    targets: the adapted modules by the network's own names.
+    """
+
+    def __init__(
+        self,
+        config: TextModelConfig,
+        network: BidirectionalNetwork,
+        tokenizer: Any,
+        vocabulary: Vocabulary,
+        targets: tuple[str, ...],
+        *,
+        shift: int = 0,
+        fold: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.config = config
+        self.network = network
+        self.device = network.embed_tokens.weight.device
+        self.vocabulary = vocabulary
+        self.canvas_length = config.canvas_length
+        self.hidden_size = network.shape.hidden_size
+        self._tokenizer = tokenizer
+        self._shift = shift
+        self._head = _zero_head(self.hidden_size, self.device) if config.budget_head else None
+        lora = config.lora.model_copy(update={"targets": targets})
+        head = {f"{BUDGET_HEAD}{name}": p for name, p in self._head.named_parameters()} if self._head else {}
+        self._weights = TunedWeights(network, config.tuning, lora, targets, fold=fold, seed=seed, head=head)
+
+    def encode(self, text: str) -> TokenPrompts:
+        """See TokenPolicy. Raises PromptError for a prompt that is too long, or of no tokens at all."""
+        if self.config.chat_template:
+            turn = [{"role": "user", "content": text}]
+            templated = self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            ids = self._tokenizer(templated, add_special_tokens=False)["input_ids"]
+        else:
+            ids = self._tokenizer(text)["input_ids"]
+        shown = text if len(text) <= 60 else f"{text[:60]}…"
+        if len(ids) > self.config.max_prompt_length:
+            raise PromptError(
+                f"prompt {shown!r} has {len(ids)} tokens, model.max_prompt_length is "
+                f"{self.config.max_prompt_length}; shorten the prompt or raise the limit"
+            )
+        if not ids:
+            raise PromptError(f"prompt {shown!r} has no tokens; give some text")
+        ids_PL = torch.tensor([ids], dtype=torch.int64, device=self.device)
+        return TokenPrompts(ids_PL, torch.ones_like(ids_PL, dtype=torch.bool))
+
+    def predict(
+        self,
+        canvas_BL: torch.Tensor,
+        prompts: TokenPrompts,
+        span: slice | None = None,
+        cache: KvCache | None = None,
+    ) -> TokenPrediction:
+        """See TokenPolicy. Raises ShapeError for a span of which a filled cache computes only a part."""
+        check_shape(canvas_BL, "canvas_BL", B=prompts.ids_PL.shape[0], L=self.canvas_length)
+        if cache is not None and not isinstance(cache, BlockCache):
+            raise TypeError(f"a {type(cache).__name__} is no cache of this policy; take one from start_cache")
+        num_prompt = prompts.ids_PL.shape[1]
+        span = span or slice(0, self.canvas_length)
+        reuses = cache is not None and cache.is_filled
+        hidden_BLD = self.network(
+            torch.cat([prompts.ids_PL, canvas_BL], dim=1),
+            pad(prompts.real_PL, (0, self.canvas_length), value=True),
+            num_prompt,
+            cache,
+        )
+        start = num_prompt + span.start - self._shift - (cache.place.start if cache is not None else 0)
+        stop = start + span.stop - span.start
+        if start < 0 or stop > hidden_BLD.shape[1]:
+            raise ShapeError(f"canvas positions {span.start} to {span.stop} are not all computed in this call")
+        logits_BLV = self.network.lm_head(hidden_BLD[:, start:stop]).float()
+        logits_BLV[..., self.vocabulary.mask_id] = -torch.inf
+        features = None if reuses else _prompt_mean(hidden_BLD[:, :num_prompt], prompts.real_PL)
+        return TokenPrediction(logits_BLV, features)
+
+    def start_cache(self, kind: CacheKind, span: slice) -> BlockCache | None:
+        return None if kind == "none" else BlockCache(kind, span, self._shift)
+
+    def log_budget(self, prompt_features_BD: torch.Tensor) -> torch.Tensor:
+        if self._head is None:
+            return torch.zeros(len(prompt_features_BD), device=prompt_features_BD.device)
+        with torch.autocast(prompt_features_BD.device.type, enabled=False):
+            return self._head(prompt_features_BD.detach().float())[:, 0]
+
+    def decode(self, tokens_BL: torch.Tensor) -> list[str]:
+        return [self._tokenizer.decode(self._answer(row), skip_special_tokens=True) for row in tokens_BL.tolist()]
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        return self._weights.parameters()
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.network.recompute = True
+
+    def export_weights(self, version: WeightVersion, tensors: dict[str, torch.Tensor] | None = None) -> WeightSnapshot:
+        return self._weights.export(version, tensors)
+
+    def load_weights(self, snapshot: WeightSnapshot) -> None:
+        self._weights.load(snapshot)
+
+    def _answer(self, row: list[int]) -> list[int]:
+        return row[: row.index(self.vocabulary.eos_id)] if self.vocabulary.eos_id in row else row
+
+
+def _zero_head(width: int, device: torch.device) -> nn.Linear:
+    head = nn.Linear(width, 1, device=device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _prompt_mean(hidden_PLD: torch.Tensor, real_PL: torch.Tensor) -> torch.Tensor:
+    """Mean over the real prompt tokens, (P, D) fp32, without gradient."""
+    weight_PLD = real_PL[..., None].float()
+    return (hidden_PLD.detach().float() * weight_PLD).sum(dim=1) / weight_PLD.sum(dim=1)
