@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from raylign.types import (
     Prompt,
@@ -16,6 +18,7 @@ from raylign.types import (
     RolloutGroup,
     RolloutStatus,
     StepResult,
+    TokenTrajectory,
 )
 from rollout.prompts import GroupTask
 from services.scoring import score_groups
@@ -26,6 +29,7 @@ from services.step_metrics import (
     over_updates,
     reward_metrics,
     step_metrics,
+    text_metrics,
 )
 from tests.fakes import FakeScorer, breakdown, make_group
 
@@ -100,3 +104,50 @@ def test_diversity_is_the_mean_pixel_distance_of_pairs() -> None:
     # Pairs: 0-1 are equal, 0-2 and 1-2 are a full scale apart.
     assert diversity([replace(group, images_GHWC=pictures)]) == pytest.approx(2 / 3)
     assert diversity([replace(group, images_GHWC=None)]) is None
+
+
+def _text_group(texts: tuple[str, ...], nfe: list[int], log_gamma: list[float] | None = None) -> RolloutGroup:
+    count = len(texts)
+    zeros = torch.zeros(count, 3)
+    tokens = TokenTrajectory(
+        tokens_GL=zeros.long(),
+        reveal_step_GL=zeros.long(),
+        rollout_logprob_GL=zeros,
+        plain_logprob_GL=zeros,
+        nfe_G=torch.tensor(nfe),
+        cached_calls_G=torch.tensor(nfe) - 1,
+        log_gamma_G=None if log_gamma is None else torch.tensor(log_gamma),
+    )
+    group = make_group(GroupTask(Prompt("p", "text"), 0, 0), range(count), 4)
+    return replace(group, trajectory=tokens, texts=texts, images_GHWC=None)
+
+
+def test_texts_report_calls_budgets_and_lengths() -> None:
+    groups = [_text_group(("ab", "abcd"), [2, 4], [0.0, math.log(3.0)]), _text_group(("", "x"), [1, 1], [0.0, 0.0])]
+    assert text_metrics(groups) == {
+        "nfe/mean": 2.0,
+        "cached_calls/mean": 1.0,
+        "gamma/mean": pytest.approx(1.5),
+        "characters/mean": 1.75,
+    }
+    assert text_metrics([_group(1.0)]) == {}
+    assert "gamma/mean" not in text_metrics([_text_group(("a",), [1])])
+
+
+def test_a_budget_of_zero_is_a_number() -> None:
+    assert text_metrics([_text_group(("a",), [3], [-math.inf])])["gamma/mean"] == 0.0
+
+
+def test_an_evaluation_of_texts_shows_calls_beside_rewards_and_how_alike_answers_are() -> None:
+    group = _text_group(("ab", "ab", "cd"), [1, 2, 3]).with_rewards([breakdown(value) for value in (1.0, 0.0, 0.5)])
+    metrics = eval_metrics([group])
+    assert metrics["eval/mean"] == 0.5
+    assert metrics["eval/nfe"] == 2.0
+    assert metrics["eval/cached_calls"] == 1.0
+    assert metrics["eval/diversity"] == pytest.approx(2 / 3)
+
+
+def test_a_text_reaches_its_reward() -> None:
+    scorer = FakeScorer(lambda sample: float(len(sample.text or "")))
+    (group,) = asyncio.run(score_groups(scorer, [_text_group(("ab", "cde"), [1, 1])]))
+    assert [rollout.total for rollout in group.rollouts] == [2.0, 3.0]
