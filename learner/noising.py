@@ -8,7 +8,7 @@ draw another mask for each policy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +32,12 @@ class NoisedCanvas:
     hidden_NP: torch.Tensor | None = None
 
 
+Ask = Callable[[NoisedCanvas], torch.Tensor]
+"""One policy's log-probs of a canvas's selected tokens, (N, L) fp32; 0 elsewhere."""
+Estimator = Callable[[Ask], torch.Tensor]
+"""What a method makes of a policy's answers to the canvases it has drawn: per token, per response, or stacked."""
+
+
 class Scorer:
     """Asks the policies of a learner about one batch. Ask relatives first: the current policy's graph reads the
     parameters that a relative's tensors are swapped into."""
@@ -48,16 +54,24 @@ class Scorer:
         return self._score(canvas, None)
 
     def learner_and_rollout(self, canvas: NoisedCanvas) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same, and those of the policy at the beginning of the step, without gradient.
+        """The same, and those of the policy at the beginning of the step; see `both`."""
+        return self.both(lambda ask: ask(canvas))
+
+    def both(self, estimator: Estimator) -> tuple[torch.Tensor, torch.Tensor]:
+        """An estimate under the current policy, and under the policy at the beginning of the step, without gradient.
 
         With staleness 0 that is the policy that made the rollouts. In the first update of a step it is the current
         policy itself, so no second forward is spent.
         """
         if self._batch.on_policy:
-            logprob_NL = self.learner(canvas)
-            return logprob_NL, logprob_NL.detach()
-        rollout_logprob_NL = self._score(canvas, "old")
-        return self.learner(canvas), rollout_logprob_NL
+            estimate = estimator(self.learner)
+            return estimate, estimate.detach()
+        rollout_estimate = estimator(self.rollout)
+        return estimator(self.learner), rollout_estimate
+
+    def rollout(self, canvas: NoisedCanvas) -> torch.Tensor:
+        """The same of the policy at the beginning of the step, without gradient."""
+        return self._score(canvas, "old")
 
     def reference(self, canvas: NoisedCanvas) -> torch.Tensor:
         """The same of the reference policy, without gradient."""
@@ -81,17 +95,28 @@ def all_masked(batch: TokenBatch, prompt_mask_rate: float = 0.0) -> NoisedCanvas
 
     The prompt's mask is drawn from each sample's "prompt_mask" key, anew in each epoch.
     """
-    shape = batch.tokens.tokens_GL.shape
-    device = batch.tokens.tokens_GL.device
-    selected_NL = torch.ones(shape, dtype=torch.bool, device=device)
-    hidden_NP = prompt_mask(batch, prompt_mask_rate) if prompt_mask_rate > 0 else None
-    return NoisedCanvas(torch.zeros(shape, dtype=torch.bool, device=device), selected_NL, hidden_NP)
+    draws = item_generators(batch, "prompt_mask", with_item=False)
+    hidden_NP = prompt_mask(batch, prompt_mask_rate, draws) if prompt_mask_rate > 0 else None
+    return masked_at(torch.ones_like(batch.tokens.tokens_GL, dtype=torch.bool), hidden_NP)
 
 
-def prompt_mask(batch: TokenBatch, rate: float) -> torch.Tensor:
-    """Prompt tokens to mask, (N, P) bool: each real one with probability `rate`, by the sample's key and the epoch."""
+def masked_at(masked_NL: torch.Tensor, hidden_NP: torch.Tensor | None = None) -> NoisedCanvas:
+    """The canvas that masks these positions, shows the others, and asks for every masked token."""
+    return NoisedCanvas(~masked_NL, masked_NL, hidden_NP)
+
+
+def random_masks(eligible_NL: torch.Tensor, count_N: torch.Tensor, draws: Sequence[torch.Generator]) -> torch.Tensor:
+    """`count` of each row's eligible positions, every choice equally likely: (N, L) bool, one generator per row."""
+    length = eligible_NL.shape[1]
+    order_NL = torch.stack([torch.rand(length, generator=draw, dtype=torch.float64) for draw in draws])
+    rank_NL = order_NL.to(eligible_NL.device).masked_fill(~eligible_NL, 2.0).argsort(dim=1).argsort(dim=1)
+    return (rank_NL < count_N.to(eligible_NL.device)[:, None]) & eligible_NL
+
+
+def prompt_mask(batch: TokenBatch, rate: float, draws: Sequence[torch.Generator]) -> torch.Tensor:
+    """Prompt tokens to mask, (N, P) bool: each real one with probability `rate`, one generator per row."""
     hidden_NP = torch.zeros(batch.prompts.ids_PL.shape, dtype=torch.bool)
-    for row, draw in enumerate(item_generators(batch, "prompt_mask", with_item=False)):
+    for row, draw in enumerate(draws):
         count = int(batch.prompts.real_PL[row].sum())
         # Padding is on the left, so it moves no draw.
         hidden_NP[row, hidden_NP.shape[1] - count :] = torch.rand(count, generator=draw) < rate
@@ -102,3 +127,9 @@ def item_generators(batch: TokenBatch, purpose: str, with_item: bool = True) -> 
     """One generator per row, keyed by sample, epoch and (if wanted) item: the same for whoever scores the row."""
     items: Sequence[int] = batch.item_N.tolist() if with_item else [0] * len(batch.keys)
     return [generator(*key, purpose, batch.epoch, item) for key, item in zip(batch.keys, items, strict=True)]
+
+
+def group_uniforms(batch: TokenBatch, purpose: str) -> torch.Tensor:
+    """One number in [0, 1) that a row shares with its siblings in this epoch, (N,) fp64 on the CPU."""
+    keys = [(key.run_seed, key.prompt_id, key.visit, purpose, batch.epoch) for key in batch.keys]
+    return torch.stack([torch.rand((), generator=generator(*key), dtype=torch.float64) for key in keys])

@@ -20,12 +20,11 @@ from learner.algorithms.token_base import (
     RATIO_METRICS,
     TokenAlgorithm,
     TokenAlgorithmConfig,
-    ratio_metrics,
+    clipped_token_loss,
     token_shares,
 )
 from learner.batching import TokenBatch
 from learner.noising import Scorer, all_masked
-from learner.token_losses import clipped_ratio_loss, kl_penalty, masked_sum
 from raylign.types import RolloutGroup
 
 
@@ -57,18 +56,7 @@ class D1(TokenAlgorithm):
         return token_shares(group, self.vocabulary)
 
     def policy_loss(self, scorer: Scorer, batch: TokenBatch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        config, counted_NL = self.config, scorer.counted_NL
-        canvas = all_masked(batch, config.prompt_mask_rate)
-        ref_NL = scorer.reference(canvas) if config.kl_weight > 0 else None
-        learner_NL, rollout_NL = scorer.learner_and_rollout(canvas)
-        policy_NL, ratio_NL = clipped_ratio_loss(
-            learner_NL, rollout_NL, batch.adv_N[:, None], config.clip_range, config.clip_range
-        )
-        loss_N = masked_sum(policy_NL, counted_NL)
-        counted_ratio = torch.where(counted_NL, ratio_NL, 1.0)
-        metrics = {"loss/policy": loss_N, **ratio_metrics(counted_ratio, config.clip_range, config.clip_range)}
-        if ref_NL is not None:
-            kl_N = masked_sum(kl_penalty(learner_NL, ref_NL, config.kl_estimator), counted_NL)
-            loss_N = loss_N + config.kl_weight * kl_N
-            metrics["loss/kl"] = kl_N
-        return loss_N, metrics
+        canvas = all_masked(batch, self.config.prompt_mask_rate)
+        scores = self.scores(scorer, lambda ask: ask(canvas))
+        loss_N, metrics = clipped_token_loss(scores, batch.adv_N, scorer.counted_NL, self.config.clip_range)
+        return self.with_kl(loss_N, metrics, self.token_kl(scores, scorer.counted_NL))

@@ -6,10 +6,11 @@ An algorithm file holds its paper's configuration and `policy_loss`; which canva
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -17,9 +18,9 @@ from pydantic import Field
 from learner.advantages import Baseline, SampleStd, group_rewards, relative_advantages
 from learner.algorithms.base import ItemLosses, LossSetting, RolloutPolicy
 from learner.batching import TokenBatch
-from learner.noising import Scorer
+from learner.noising import Estimator, Scorer
 from learner.policies import PolicySet
-from learner.token_losses import KlEstimator, budget_loss
+from learner.token_losses import KlEstimator, budget_loss, clipped_ratio_loss, kl_penalty, masked_mean, masked_sum
 from raylign.config import Config
 from raylign.errors import ShapeError
 from raylign.models.tokens import Vocabulary, response_mask
@@ -62,6 +63,14 @@ class TokenAlgorithmConfig(Config):
         return "current"
 
 
+class Scores(NamedTuple):
+    """One estimate under three policies: the learner's has a gradient, the others none; no reference, no third."""
+
+    learner: torch.Tensor
+    rollout: torch.Tensor
+    ref: torch.Tensor | None
+
+
 class TokenAlgorithm(ABC):
     """See the module. A subclass gives `policy_loss` and `policy_metrics`, and overrides what else its paper does."""
 
@@ -77,7 +86,7 @@ class TokenAlgorithm(ABC):
         sampler = setting.sampler.config
         self._budget_std: float | None = None
         if getattr(sampler, "budget", None) == "learned":
-            self._budget_std, self._log_gamma = float(sampler.budget_std), float(torch.tensor(sampler.gamma).log())
+            self._budget_std, self._log_gamma = float(sampler.budget_std), math.log(sampler.gamma)
         self.metrics: tuple[str, ...] = ("loss/policy", *self.policy_metrics)
         if config.kl_weight > 0:
             self.metrics += ("loss/kl",)
@@ -88,6 +97,31 @@ class TokenAlgorithm(ABC):
     def policy_loss(self, scorer: Scorer, batch: TokenBatch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """The loss of each row's item, (N,) with gradient, and one number per row for each name of `metrics` but
         "loss/budget". What is summed over items is divided by the sum of `shares`."""
+
+    def scores(self, scorer: Scorer, estimator: Estimator) -> Scores:
+        """The estimate of every policy the loss compares, asked in the order that the gradient's graph wants.
+
+        Without a ratio the rollout's is the learner's own.
+        """
+        ref = estimator(scorer.reference) if self.config.kl_weight > 0 else None
+        if self.config.uses_ratio:
+            return Scores(*scorer.both(estimator), ref)
+        learner = estimator(scorer.learner)
+        return Scores(learner, learner.detach(), ref)
+
+    def with_kl(
+        self, loss_N: torch.Tensor, metrics: Mapping[str, torch.Tensor], kl_N: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """The loss and its metrics with `kl_weight` times the distance added, where there is a reference."""
+        if kl_N is None:
+            return loss_N, metrics
+        return loss_N + self.config.kl_weight * kl_N, {**metrics, "loss/kl": kl_N}
+
+    def token_kl(self, scores: Scores, counted_NL: torch.Tensor) -> torch.Tensor | None:
+        """Summed distance to the reference over the counted tokens of scores (N, L): (N,)."""
+        if scores.ref is None:
+            return None
+        return masked_sum(kl_penalty(scores.learner, scores.ref, self.config.kl_estimator), counted_NL)
 
     @property
     def needs(self) -> Needs:
@@ -158,17 +192,29 @@ def token_shares(group: RolloutGroup, vocabulary: Vocabulary) -> torch.Tensor:
     return response_mask(group.tokens.tokens_GL, vocabulary.eos_id).sum(dim=1).float()
 
 
-def ratio_metrics(ratio_N: torch.Tensor, clip_low: float, clip_high: float) -> dict[str, torch.Tensor]:
+def clipped_token_loss(
+    scores: Scores, adv_N: torch.Tensor, counted_NL: torch.Tensor, clip_range: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """PPO's clipped surrogate per token of scores (N, L), summed over the counted ones, (N,); with its metrics."""
+    policy_NL, ratio_NL = clipped_ratio_loss(scores.learner, scores.rollout, adv_N[:, None], clip_range, clip_range)
+    loss_N = masked_sum(policy_NL, counted_NL)
+    return loss_N, {"loss/policy": loss_N, **ratio_metrics(ratio_NL, clip_range, clip_range, counted_NL)}
+
+
+def ratio_metrics(
+    ratio_N: torch.Tensor, clip_low: float, clip_high: float, counted_NL: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """Per row: the ratio, its distance from 1 (its greatest is what is logged), and whether a clip bound is passed.
 
-    Give (N,) ratios, or (N, L) ones with positions that do not count set to 1.
+    Of (N,) ratios, or of (N, L) ones over the counted positions (all, if not said).
     """
-    rows = ratio_N.detach().reshape(len(ratio_N), -1)
-    outside = (rows < 1 - clip_low) | (rows > 1 + clip_high)
+    rows_NL = ratio_N.detach().reshape(len(ratio_N), -1)
+    counted_NL = torch.ones_like(rows_NL, dtype=torch.bool) if counted_NL is None else counted_NL
+    outside_NL = (rows_NL < 1 - clip_low) | (rows_NL > 1 + clip_high)
     return {
-        "ratio/mean": rows.mean(dim=1),
-        "ratio/deviation_max": (rows - 1).abs().amax(dim=1),
-        "ratio/clip_fraction": outside.float().mean(dim=1),
+        "ratio/mean": masked_mean(rows_NL, counted_NL),
+        "ratio/deviation_max": torch.where(counted_NL, (rows_NL - 1).abs(), 0.0).amax(dim=1),
+        "ratio/clip_fraction": masked_mean(outside_NL.float(), counted_NL),
     }
 
 
