@@ -13,6 +13,8 @@ from pydantic import Field
 
 from raylign.config import Config
 from raylign.models.base import DenoisingPolicy, Role
+from raylign.models.dream import DREAM, DreamConfig
+from raylign.models.llada import LLADA, LladaConfig
 from raylign.models.sd3 import Sd3Config, check_sd3, load_sd3
 from raylign.models.sd3_export import export_sd3
 from raylign.models.text_checkpoint import TextFormat, check_text, export_text, load_text
@@ -38,9 +40,11 @@ def _text_family(text_format: TextFormat) -> Family:
     )
 
 
-ModelConfig = Annotated[Sd3Config | TinyTextConfig, Field(discriminator="type")]
+ModelConfig = Annotated[Sd3Config | LladaConfig | DreamConfig | TinyTextConfig, Field(discriminator="type")]
 MODEL_FAMILIES: dict[type[Config], Family] = {
     Sd3Config: Family("image", load_sd3, check_sd3, export_sd3),
+    LladaConfig: _text_family(LLADA),
+    DreamConfig: _text_family(DREAM),
     TinyTextConfig: _text_family(TINY_TEXT),
 }
 

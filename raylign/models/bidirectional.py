@@ -48,7 +48,7 @@ class NetworkShape:
     block: Literal["llama", "qwen2"] = "llama"
     """Whose decoder layer: qwen2's has biases on query, key and value."""
     max_positions: int = 4096
-    """Longest sequence the model was trained on; a memo for the rotary embedding, not a limit."""
+    """Longest sequence the model was made for, prompt and canvas."""
 
 
 class BidirectionalNetwork(nn.Module):

@@ -188,6 +188,11 @@ def open_checkpoint(text_format: TextFormat, config: TextModelConfig) -> Checkpo
             network = text_format.build(described, config)
     except KeyError as error:
         raise ModelError(f"{folder}/config.json has no {error.args[0]!r}") from None
+    if config.max_prompt_length + config.canvas_length > network.shape.max_positions:
+        raise ModelError(
+            f"model.max_prompt_length {config.max_prompt_length} and model.canvas_length {config.canvas_length} exceed "
+            f"the {network.shape.max_positions} positions that {folder} was made for"
+        )
     tokenizer = _load_tokenizer(folder, text_format, config)
     vocabulary = read_vocabulary(folder, described, tokenizer, network.shape.vocab_size)
     wanted = {text_format.names.published(own): (own, tuple(t.shape)) for own, t in network.named_parameters()}
@@ -224,6 +229,13 @@ def read_vocabulary(folder: Path, described: Mapping[str, Any], tokenizer: Any, 
             raise ModelError(f"{folder}: mask id {token_id} in config.json, {tokenizers_own} in the tokenizer's files")
         ids[kind] = token_id
     return Vocabulary(num_rows, mask_id=ids["mask"], eos_id=ids["eos"], pad_id=ids["pad"])
+
+
+def refuse_options(path: str, described: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise ModelError for an option of a config.json that is there and not what the native network computes."""
+    for key, value in options.items():
+        if described.get(key, value) != value:
+            raise ModelError(f"{path}/config.json has {key} = {described[key]!r}; this family is built with {value!r}")
 
 
 def check_names(folder: Path, found: Iterable[str], wanted: Iterable[str]) -> None:
@@ -300,7 +312,7 @@ def _read(
     from safetensors import safe_open
 
     with safe_open(file, framework="pt", device=device) as tensors:
-        return {name: tensors.get_tensor(name).to(dtype or tensors.get_tensor(name).dtype) for name in names}
+        return {name: tensors.get_tensor(name).to(dtype) for name in names}
 
 
 def _trained_value(

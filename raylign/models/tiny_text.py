@@ -9,6 +9,7 @@ of or instead of the rotary embedding; for n x n grids there are features of row
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -133,12 +134,11 @@ def make_tokenizer(words: Sequence[str], symbols: str) -> PreTrainedTokenizerFas
 
     vocab = {token: index for index, token in enumerate([PAD, EOS, MASK, UNKNOWN, *dict.fromkeys([*words, *symbols])])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
-    backend.pre_tokenizer = cast("Any", pre_tokenizers).Sequence(
-        [
-            cast("Any", pre_tokenizers).WhitespaceSplit(),
-            cast("Any", pre_tokenizers).Split(Regex(r"\p{L}+|\P{L}"), behavior="isolated"),
-        ]
-    )
+    library: Any = pre_tokenizers
+    known = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    pattern = rf"\b(?:{known})\b|\S" if words else r"\S"
+    separate = library.Split(Regex(pattern), behavior="isolated")
+    backend.pre_tokenizer = library.Sequence([library.WhitespaceSplit(), separate])
     backend.decoder = cast("Any", decoders).Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
