@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from learner.algorithms import Algorithm, AlgorithmUnion, LossSetting, make_algorithm
+from learner.algorithms.just_grpo import JustGrpoConfig
 from learner.batching import StepData, TokenBatch, cut
 from learner.policies import PolicySet
 from raylign.models.tokens import TokenPolicy
@@ -38,13 +39,14 @@ def draw_text_groups(
     group_size: int = 4,
     reward: Reward = by_sibling,
     first_sequence: int = 0,
+    words: Sequence[str] = WORDS,
 ) -> list[RolloutGroup]:
-    """Groups of the policy's answers to WORDS in turn, scored by `reward` of (group, sibling)."""
+    """Groups of the policy's answers to `words` in turn, scored by `reward` of (group, sibling)."""
     setup = TokenSetup(sampler or entropy_bounded(policy.canvas_length), Needs.FINAL)
     engine = RolloutEngine(policy, {"rollout": setup}, RUN_SEED)
     engine.pull(policy.export_weights(0))
     tasks = tuple(
-        GroupTask(Prompt(f"p{sequence}", WORDS[sequence % len(WORDS)]), 0, sequence)
+        GroupTask(Prompt(f"p{sequence}", words[sequence % len(words)]), 0, sequence)
         for sequence in range(first_sequence, first_sequence + num_groups)
     )
     groups = engine.generate(ChunkRequest(tasks, tuple(range(group_size))))
@@ -59,21 +61,29 @@ def rewarded(groups: Sequence[RolloutGroup], reward: Callable[[torch.Tensor], fl
     return [group.with_rewards([breakdown(reward(row)) for row in group.tokens.tokens_GL]) for group in groups]
 
 
-def text_algorithm(config: AlgorithmUnion, policy: TokenPolicy, budget: Budget = "fixed", epochs: int = 1) -> Algorithm:
-    """The algorithm of a configuration, told of these groups' sampler."""
-    return make_algorithm(
-        config, LossSetting(entropy_bounded(policy.canvas_length, budget), 1.0, policy.vocabulary, epochs)
-    )
+def sampler_for(config: AlgorithmUnion, canvas_length: int = 8, budget: Budget = "fixed") -> EntropyBounded:
+    """What an algorithm's rollouts are drawn with: one block, or one position after the other where it must be."""
+    if isinstance(config, JustGrpoConfig):
+        return entropy_bounded(canvas_length, budget, block_length=1)
+    return entropy_bounded(canvas_length, budget)
 
 
-def policies_for(algorithm: Algorithm, policy: TokenPolicy) -> PolicySet:
+def text_algorithm(
+    config: AlgorithmUnion, policy: TokenPolicy, budget: Budget = "fixed", epochs: int = 1
+) -> Algorithm[TokenBatch]:
+    """The algorithm of a configuration, told of the sampler that `sampler_for` gives it."""
+    sampler = sampler_for(config, policy.canvas_length, budget)
+    return make_algorithm(config, LossSetting(sampler, 1.0, policy.vocabulary, epochs))
+
+
+def policies_for(algorithm: Algorithm[TokenBatch], policy: TokenPolicy) -> PolicySet:
     """The policy with the relatives that the algorithm needs."""
     needs = algorithm.needs
     return PolicySet(policy, "fp32", old=Needs.OLD in needs, reference=Needs.REFERENCE in needs)
 
 
 def token_batches(
-    algorithm: Algorithm,
+    algorithm: Algorithm[TokenBatch],
     groups: Sequence[RolloutGroup],
     size: int = 4,
     *,
