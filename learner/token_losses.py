@@ -57,7 +57,7 @@ def budget_loss(
 def linear_bound_loss(
     gap_N: torch.Tensor, adv_N: torch.Tensor, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """BGPO's bound (2510.11683): -A rho, clipped, with rho = 1 + d where A >= 0 and exp(d) elsewhere; and rho. All (N,).
+    """BGPO's bound (2510.11683): -A rho, clipped, where rho = 1 + d for A >= 0 and exp(d) else; and rho. All (N,).
 
     d = learner - rollout of one Monte-Carlo sample. As 1 + mean d <= exp(mean d) <= mean exp(d), the mean over samples
     bounds the objective A exp(mean d) from below for either sign, and has its value and gradient at d = 0. The bound is

@@ -7,11 +7,35 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from learner.algorithms.base import Algorithm, ItemLosses, LossSetting, RolloutPolicy
+from learner.algorithms.bgpo import Bgpo, BgpoConfig
+from learner.algorithms.coupled_grpo import CoupledGrpo, CoupledGrpoConfig
 from learner.algorithms.d1 import D1, D1Config
+from learner.algorithms.diffpo import Diffpo, DiffpoConfig
+from learner.algorithms.espo import Espo, EspoConfig
 from learner.algorithms.flow_grpo import FlowGrpo, FlowGrpoConfig
+from learner.algorithms.gdpo import Gdpo, GdpoConfig
+from learner.algorithms.just_grpo import JustGrpo, JustGrpoConfig
 from learner.algorithms.nft import Nft, NftConfig
+from learner.algorithms.spg import Spg, SpgConfig
+from learner.algorithms.trajectory import Trajectory, TrajectoryConfig
+from learner.algorithms.unigrpo import UniGrpo, UniGrpoConfig
+from learner.algorithms.wd1 import Wd1, Wd1Config
 
-AlgorithmUnion = NftConfig | FlowGrpoConfig | D1Config
+AlgorithmUnion = (
+    NftConfig
+    | FlowGrpoConfig
+    | D1Config
+    | CoupledGrpoConfig
+    | UniGrpoConfig
+    | Wd1Config
+    | SpgConfig
+    | EspoConfig
+    | DiffpoConfig
+    | GdpoConfig
+    | BgpoConfig
+    | TrajectoryConfig
+    | JustGrpoConfig
+)
 AlgorithmConfig = Annotated[AlgorithmUnion, Field(discriminator="type")]
 IMAGE_ALGORITHMS = {
     NftConfig: Nft,
@@ -19,6 +43,16 @@ IMAGE_ALGORITHMS = {
 }
 TEXT_ALGORITHMS = {
     D1Config: D1,
+    CoupledGrpoConfig: CoupledGrpo,
+    UniGrpoConfig: UniGrpo,
+    Wd1Config: Wd1,
+    SpgConfig: Spg,
+    EspoConfig: Espo,
+    DiffpoConfig: Diffpo,
+    GdpoConfig: Gdpo,
+    BgpoConfig: Bgpo,
+    TrajectoryConfig: Trajectory,
+    JustGrpoConfig: JustGrpo,
 }
 ALGORITHMS: dict[type, type] = {**IMAGE_ALGORITHMS, **TEXT_ALGORITHMS}
 
