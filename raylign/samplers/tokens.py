@@ -187,13 +187,13 @@ def _rows_at_once(logprob_BLV: torch.Tensor) -> int:
 def _nucleus(logprob_BLV: torch.Tensor, top_p: float) -> torch.Tensor:
     """Keep tokens while those likelier hold less than `top_p`, and renormalise."""
     ordered, order = logprob_BLV.sort(dim=-1, descending=True, stable=True)
-    before = ordered.double().exp().cumsum(dim=-1) - ordered.double().exp()
+    before = ordered.exp().cumsum(dim=-1, dtype=torch.float64) - ordered.exp()
     kept = torch.where(before < top_p, ordered, -math.inf)
     return torch.log_softmax(torch.empty_like(kept).scatter(-1, order, kept), dim=-1)
 
 
 def _inverse_cdf(logprob_BLV: torch.Tensor, uniform_BL: torch.Tensor) -> torch.Tensor:
-    cumulative = logprob_BLV.double().exp().cumsum(dim=-1)
+    cumulative = logprob_BLV.exp().cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[..., -1:]
     # A uniform next to 1 must not round up to the total, past the last token that has any probability.
     wanted = torch.minimum(uniform_BL.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
