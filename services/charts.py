@@ -79,8 +79,8 @@ class _Frame:
         if y_high == y_low:
             pad = abs(y_high) * 0.1 or 0.5
             y_low, y_high = (0.0, y_high + pad) if y_low == 0 else (y_low - pad, y_high + pad)
-        self.x_ticks = [tick for tick in _ticks(x_low, x_high, 6) if x_low <= tick <= x_high and tick == int(tick)]
-        self.y_ticks = _ticks(y_low, y_high, 4)
+        self.x_ticks = [tick for tick in ticks(x_low, x_high, 6) if x_low <= tick <= x_high and tick == int(tick)]
+        self.y_ticks = ticks(y_low, y_high, 4)
         self._x_low, self._x_span = x_low, x_high - x_low
         self._y_low, self._y_span = self.y_ticks[0], self.y_ticks[-1] - self.y_ticks[0]
 
@@ -104,8 +104,8 @@ class _Frame:
         return "".join(lines)
 
 
-def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Round values that cover [low, high], about `count` steps apart."""
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """Round values that cover [low, high], about `count` steps of them."""
     rough = (high - low) / count
     magnitude = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough * 0.999)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -34,6 +34,11 @@ _SPARKLINE_WIDTH = 32
 _NAME_WIDTH = 34
 # Sums over the phases, which are shown one by one.
 _TOTALS = ("time/step_s", "time/since_start_s")
+_MEASURES = ("mean", "diversity", "nfe", "cached_calls", "gamma", "characters")
+"""Held-out means that are no reward: calls of the network (NFE), entropy budget and length of texts among them."""
+_FEWER_IS_BETTER = ("nfe", "failed")
+_NEITHER_IS_BETTER = ("cached_calls", "gamma", "characters")
+_STYLES = {"better": "green", "worse": "red", "": ""}
 # The words of plain output are ASCII, whatever the encoding of the log that they land in.
 _PLAIN = str.maketrans(
     {"→": "->", "·": "|", "✓": "ok", "✗": "failed:", "…": "...", "–": "-", **dict.fromkeys(_BARS, "")}
@@ -50,10 +55,11 @@ class _State:
     began: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     rewards: list[float] = field(default_factory=list[float])
+    calls: list[float] = field(default_factory=list[float])
     eval_first: dict[str, float] = field(default_factory=dict[str, float])
     eval_last: dict[str, float] = field(default_factory=dict[str, float])
     failures: dict[str, float] = field(default_factory=dict[str, float])
-    pictures: Path | None = None
+    samples: Path | None = None
 
 
 class RunConsole:
@@ -131,9 +137,10 @@ class RunConsole:
         """A step is done; `metrics` as in metrics.jsonl."""
         state = self._state
         state.step, state.metrics = step, metrics
-        reward = metrics.get("reward/mean")
-        if reward is not None and math.isfinite(reward):
-            state.rewards.append(reward)
+        for name, series in (("reward/mean", state.rewards), ("nfe/mean", state.calls)):
+            value = metrics.get(name)
+            if value is not None and math.isfinite(value):
+                series.append(value)
         for name, count in metrics.items():
             if name.startswith("failed/") and count:
                 kind = name.removeprefix("failed/")
@@ -142,7 +149,8 @@ class RunConsole:
         due = now - self._printed >= self._plain_every_s or step in (state.start_step + 1, state.num_steps)
         if not self.live and due:
             self._printed = now
-            parts = [self._step_text(), self._reward_text(), self._speed_text(), self._trouble_text()]
+            parts = [self._step_text(), self._reward_text(), self._calls_text(), self._speed_text()]
+            parts.append(self._trouble_text())
             self._say(Text("  ").join(part for part in parts if part.plain))
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -155,15 +163,16 @@ class RunConsole:
 
     def pictures(self, path: Path, image_HWC: np.ndarray | None = None, caption: str = "") -> None:
         """A sample grid was saved. The first one is announced, with one of its pictures drawn in the terminal."""
-        first = self._state.pictures is None
-        self._state.pictures = path
-        if not first:
+        if not self._announce("first pictures: ", path, caption):
             return
-        self._say(Text.assemble(("✓ ", "green"), "first pictures: ", (str(path), "cyan"), f"  {caption}".rstrip()))
         # Where colours are few a photograph in blocks is noise, so the path alone is shown.
         if self.live and image_HWC is not None and self.console.color_system in ("truecolor", "256"):
             width = min(image_HWC.shape[1], self.console.width - 4, 72)
             self._say(ascii_picture(image_HWC, width))
+
+    def texts(self, path: Path, example: str = "") -> None:
+        """Held-out texts were saved. The first are announced, with an example."""
+        self._announce("first texts: ", path, example)
 
     def note(self, text: str) -> None:
         """One line for the reader that scrolls above the progress block."""
@@ -195,6 +204,14 @@ class RunConsole:
         if run_dir is not None and any((run_dir / "checkpoints").glob("step_*")):
             self._say(Text(f"go on from the last checkpoint: raylign resume {run_dir}"))
 
+    def _announce(self, words: str, path: Path, more: str) -> bool:
+        """Remember where the newest samples are, and say so if they are the first."""
+        first = self._state.samples is None
+        self._state.samples = path
+        if first:
+            self._say(Text.assemble(("✓ ", "green"), words, (str(path), "cyan"), f"  {more}".rstrip()))
+        return first
+
     def _say(self, text: Text) -> None:
         if self.live:
             self.console.print(text)
@@ -212,9 +229,10 @@ class RunConsole:
             bar.add_row(Text("step", "bold"), progress, self._step_text(), Text(self._remaining(), "dim"))
             rows.append(Text())
             rows.append(bar)
-            trailing = [self._reward_text(), self._eval_text(), self._phase_text(), self._trouble_text()]
-            if state.pictures is not None:
-                trailing.append(Text.assemble(("pictures ", "dim"), (str(state.pictures), "cyan")))
+            trailing = [self._reward_text(), self._calls_text(), self._eval_text(), self._phase_text()]
+            trailing.append(self._trouble_text())
+            if state.samples is not None:
+                trailing.append(Text.assemble(("samples ", "dim"), (str(state.samples), "cyan")))
             rows.extend(text for text in trailing if text.plain)
         return Group(*rows)
 
@@ -242,12 +260,24 @@ class RunConsole:
             text.append(f"  {sparkline(rewards)}", "cyan")
         return text
 
+    def _calls_text(self) -> Text:
+        """Calls of the network per text, and how that changed; fewer are better."""
+        calls = self._state.calls
+        if not calls:
+            return Text()
+        text = Text.assemble(("nfe ", "bold"), f"{calls[-1]:.2f}")
+        if len(calls) > 1:
+            text.append_text(_delta(calls[0], calls[-1], "nfe"))
+        if self.live:
+            text.append(f"  {sparkline(calls)}", "cyan")
+        return text
+
     def _eval_text(self) -> Text:
         """Each held-out mean against the first one seen."""
         pieces = []
         for name, value in headline_means(self._state.eval_last).items():
             first = self._state.eval_first.get(name, value)
-            change = Text(f"{value:.3f}") if first == value else _change(first, value)
+            change = Text(f"{value:.3f}") if first == value else _change(first, value, name)
             pieces.append(Text.assemble((f"{name} ", "dim"), change))
         return Text("  ·  ", "dim").join(pieces)
 
@@ -275,12 +305,24 @@ class RunConsole:
 
 
 def headline_means(means: Mapping[str, float]) -> dict[str, float]:
-    """The held-out means worth a line: each reward and its details, diversity, and the mix if rewards are mixed."""
-    shown = {name: value for name, value in means.items() if name != "std_within_group" and (name != "failed" or value)}
-    rewards = [name for name in shown if "/" not in name and name not in ("mean", "diversity")]
+    """The held-out means worth a line: each reward and its details, diversity, and the mix if rewards are mixed.
+
+    Of texts also the calls of the network and the entropy budget.
+    """
+    hidden = ("std_within_group", "characters")
+    unless_some = ("failed", "cached_calls")
+    shown = {name: value for name, value in means.items() if name not in hidden and (name not in unless_some or value)}
+    rewards = [name for name in shown if "/" not in name and name not in (*_MEASURES, "failed")]
     if len(rewards) == 1:
         shown.pop("mean", None)
     return shown
+
+
+def direction(name: str, first: float | None, last: float | None) -> Literal["better", "worse", ""]:
+    """Whether a mean changed for the better: more of a reward, fewer calls; "" where neither can be said."""
+    if first is None or last is None or first == last or name in _NEITHER_IS_BETTER:
+        return ""
+    return "better" if (last < first) == (name in _FEWER_IS_BETTER) else "worse"
 
 
 def sparkline(values: Sequence[float], width: int = _SPARKLINE_WIDTH) -> str:
@@ -331,17 +373,15 @@ def _hex(rgb: bytes) -> str:
     return f"#{rgb.hex()}"
 
 
-def _delta(first: float, last: float) -> Text:
-    style = "green" if last > first else "red" if last < first else "dim"
-    return Text(f" ({last - first:+.3f})", style)
+def _delta(first: float, last: float, name: str = "") -> Text:
+    return Text(f" ({last - first:+.3f})", _STYLES[direction(name, first, last)] or "dim")
 
 
-def _change(first: float | None, last: float | None) -> Text:
-    """ "0.390 → 0.860", the last one coloured by its direction."""
-    if first is None or last is None:
-        return Text(f"{'–' if first is None else f'{first:.3f}'} → {'–' if last is None else f'{last:.3f}'}")
-    style = "bold green" if last > first else "bold red" if last < first else ""
-    return Text.assemble(f"{first:.3f} → ", (f"{last:.3f}", style))
+def _change(first: float | None, last: float | None, name: str = "") -> Text:
+    """ "0.390 → 0.860", the last one coloured by whether that is better."""
+    before, after = ("–" if value is None else f"{value:.3f}" for value in (first, last))
+    style = _STYLES[direction(name, first, last)]
+    return Text.assemble(f"{before} → ", (after, f"bold {style}" if style else ""))
 
 
 def _outcome_lines(summary: Mapping[str, Any], rewards: Sequence[float]) -> list[Text]:
@@ -350,7 +390,7 @@ def _outcome_lines(summary: Mapping[str, Any], rewards: Sequence[float]) -> list
     initial, final = summary.get("eval_initial") or {}, summary.get("eval_final") or {}
     for name in headline_means({**initial, **final}):
         label = f"held-out {name.removeprefix('eval/')}".ljust(_NAME_WIDTH - 10)
-        lines.append(Text.assemble(label, " ", _change(initial.get(name), final.get(name))))
+        lines.append(Text.assemble(label, " ", _change(initial.get(name), final.get(name), name)))
     if len(rewards) > 1:
         label = "training reward".ljust(_NAME_WIDTH - 10)
         lines.append(Text.assemble(label, " ", _change(rewards[0], rewards[-1]), (f"  {sparkline(rewards)}", "cyan")))
@@ -370,6 +410,7 @@ def _where_lines(run_dir: Path, done: bool) -> list[Text]:
     lines: list[Text] = []
     for label, name in (
         ("before/after", "samples/before_after.png"),
+        ("frontier", "samples/frontier.png"),
         ("report", "report.html"),
         ("samples", "samples"),
         ("checkpoints", "checkpoints"),

@@ -1,7 +1,8 @@
-"""What a run leaves behind for people: metrics, sample grids, the before/after picture, the screen."""
+"""What a run leaves behind for people: metrics, samples, before beside after, the frontier, the screen."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 
@@ -10,9 +11,12 @@ import numpy as np
 from raylign.metrics import MetricsSink
 from raylign.types import Rollout, RolloutGroup
 from services.console import RunConsole, headline_means
+from services.frontier import FrontierPoint, FrontierSeries, frontier_json, measure, quality_of, read_frontier
+from services.frontier_picture import Curve, draw_frontier
 from services.pictures import BeforeAfterRow, Caption, before_after, grid, save_png
-from services.run_dir import RunDir
+from services.run_dir import RunDir, write_atomic
 from services.step_metrics import eval_metrics
+from services.text_samples import GOOD_REWARD, as_text, before_after_json, example, shown_prompts, to_json
 
 # Enough prompts to judge by, few enough to take in at a glance; the file's first ones, not chosen ones.
 _SHOWN_PROMPTS = 8
@@ -29,6 +33,7 @@ class RunObserver:
         self._started_s = time.monotonic() - seconds_before
         self.first_eval: dict[str, float] = {}
         self.last_eval: dict[str, float] = {}
+        self._own: FrontierPoint | None = None
 
     @property
     def seconds(self) -> float:
@@ -46,9 +51,43 @@ class RunObserver:
         self.first_eval = self.first_eval or self.last_eval
         self._sinks.log(step, {**metrics, "time/since_start_s": self.seconds})
         self._console.evaluated(step, metrics)
-        self._show(step, groups[:_SHOWN_PROMPTS])
+        if any(group.texts is not None for group in groups):
+            self._own = measure(groups, quality_of(groups))
+            self._show_texts(step, groups[:_SHOWN_PROMPTS])
+        else:
+            self._show_pictures(step, groups[:_SHOWN_PROMPTS])
 
-    def _show(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+    def swept(self, step: int, sweeps: Mapping[float, Sequence[RolloutGroup]]) -> None:
+        """Held-out texts by entropy budget: a curve of the frontier, beside the operating point evaluated before."""
+        quality = quality_of([group for groups in sweeps.values() for group in groups])
+        points = [measure(groups, quality, gamma) for gamma, groups in sorted(sweeps.items())]
+        measured = tuple(point for point in points if point is not None)
+        if not measured:
+            return
+        path = self._run.samples / "frontier.json"
+        _, series = read_frontier(path)
+        series["after" if step else "before"] = FrontierSeries(step, measured, self._own)
+        write_atomic(path, frontier_json(quality, series))
+        names = {"before": "before training", "after": f"after step {step}"}
+        curves = [Curve(names[name], one.points, one.own, base=name == "before") for name, one in series.items()]
+        picture = draw_frontier(curves, quality)
+        save_png(self._run.samples / "frontier.png", picture)
+        self._sinks.images(step, "frontier", picture)
+
+    def _show_texts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+        """The step's answers as a file to read, and the first evaluation's beside them."""
+        prompts = shown_prompts(groups, _SHOWN_SAMPLES)
+        path = self._run.samples / f"step_{step:05d}.txt"
+        write_atomic(path, as_text(step, prompts, headline_means(self.last_eval)).encode())
+        self._console.texts(path, example(prompts))
+        first = self._run.samples / "first.json"
+        if not first.exists():
+            write_atomic(first, to_json(step, prompts))
+        if step:
+            before = json.loads(first.read_bytes())
+            write_atomic(self._run.samples / "before_after.json", before_after_json(before, step, prompts))
+
+    def _show_pictures(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         """The step's sample grid, and the before/after picture from the first evaluation's pictures."""
         images = [image for group in groups for image in _pictures(group)]
         captions = [_caption(rollout) for group in groups for rollout in group.rollouts[:_SHOWN_SAMPLES]]
@@ -111,4 +150,4 @@ def _caption(rollout: Rollout) -> Caption:
     if rollout.reward is None or rollout.reward.total is None:
         return Caption("no reward", False)
     seen = next((str(s.details["recognised"]) for s in rollout.reward.scores if "recognised" in s.details), "")
-    return Caption(f"{seen} {rollout.reward.total:.2f}".strip(), rollout.reward.total > 0.99)
+    return Caption(f"{seen} {rollout.reward.total:.2f}".strip(), rollout.reward.total > GOOD_REWARD)

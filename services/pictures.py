@@ -72,7 +72,7 @@ def grid(
     if columns is None:
         columns = max(1, round(math.sqrt(len(tiles) * height / width)))
     columns = min(columns, len(tiles))
-    font = _font(15)
+    font = typeface(15)
     caption_height = _line_height(font) + 8 if captions else 0
     rows = math.ceil(len(tiles) / columns)
     sheet = Image.new(
@@ -111,14 +111,14 @@ def before_after(
         factor -= 1
         layout = _Layout.of(rows, everything, factor)
     headline = _headline(means)
-    top = _MARGIN + 44 + (_line_height(_font(22)) + 12 if headline else 0)
+    top = _MARGIN + 44 + (_line_height(typeface(22)) + 12 if headline else 0)
     height = top + 40 + len(rows) * layout.row_height + _MARGIN - _GAP
     sheet = Image.new("RGB", (max(layout.width, 520), height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN, _MARGIN), _fit(title, _font(28), sheet.width - 2 * _MARGIN), INK, _font(28))
+    draw.text((_MARGIN, _MARGIN), fit(title, typeface(28), sheet.width - 2 * _MARGIN), INK, typeface(28))
     _draw_headline(draw, headline, _MARGIN, _MARGIN + 48)
     for x, name in ((layout.before_x, "BEFORE"), (layout.after_x, "AFTER")):
-        draw.text((x, top + 12), name, FAINT, _font(14))
+        draw.text((x, top + 12), name, FAINT, typeface(14))
     middle = layout.after_x - _MARGIN
     draw.line([(middle, top + 10), (middle, height - _MARGIN)], FRAME, 2)
     for index, row in enumerate(rows):
@@ -150,30 +150,30 @@ class _Layout:
         tile_width = max(image.shape[1] for image in images) * factor
         tile_height = max(image.shape[0] for image in images) * factor
         has_captions = any(row.before_captions or row.after_captions for row in rows)
-        widest = max(_font(18).getlength(row.prompt) for row in rows)
+        widest = max(typeface(18).getlength(row.prompt) for row in rows)
         prompt_width = int(min(max(widest, 120), 260))
         step = tile_width + _GAP
         before_x = _MARGIN + prompt_width + _MARGIN
         after_x = before_x + max(1, *(len(row.before) for row in rows)) * step - _GAP + 2 * _MARGIN
         width = after_x + max(1, *(len(row.after) for row in rows)) * step - _GAP + _MARGIN
-        row_height = tile_height + (_line_height(_font(15)) + 8 if has_captions else 0) + _GAP + 6
+        row_height = tile_height + (_line_height(typeface(15)) + 8 if has_captions else 0) + _GAP + 6
         return cls(prompt_width, tile_width, tile_height, before_x, after_x, width, row_height)
 
 
 def _draw_row(
     sheet: Image.Image, draw: ImageDraw.ImageDraw, row: BeforeAfterRow, layout: _Layout, y: int, factor: int
 ) -> None:
-    lines = _wrap(row.prompt, _font(18), layout.prompt_width, max_lines=4)
+    lines = _wrap(row.prompt, typeface(18), layout.prompt_width, max_lines=4)
     text_y = y + max(0, (layout.tile_height - len(lines) * 24) // 2)
     for number, line in enumerate(lines):
-        draw.text((_MARGIN, text_y + number * 24), line, INK, _font(18))
+        draw.text((_MARGIN, text_y + number * 24), line, INK, typeface(18))
     halves = ((layout.before_x, row.before, row.before_captions), (layout.after_x, row.after, row.after_captions))
     for left, images, captions in halves:
         for index, image in enumerate(images):
             x = left + index * (layout.tile_width + _GAP)
             _paste(sheet, draw, _tile(image, factor), x, y)
             if index < len(captions):
-                _caption(draw, captions[index], x, y + layout.tile_height + 4, layout.tile_width, _font(15))
+                _caption(draw, captions[index], x, y + layout.tile_height + 4, layout.tile_width, typeface(15))
 
 
 def _headline(means: Sequence[tuple[str, float | None, float | None]]) -> list[tuple[str, Colour]]:
@@ -192,7 +192,7 @@ def _headline(means: Sequence[tuple[str, float | None, float | None]]) -> list[t
 
 
 def _draw_headline(draw: ImageDraw.ImageDraw, pieces: Sequence[tuple[str, Colour]], x: float, y: float) -> None:
-    font = _font(22)
+    font = typeface(22)
     for text, colour in pieces:
         if text == _ARROW:
             _arrow(draw, x, y + _line_height(font) * 0.56, colour)
@@ -225,7 +225,7 @@ def _caption(
     if isinstance(caption, str):
         caption = Caption(caption)
     colour = FAINT if caption.good is None else GOOD if caption.good else BAD
-    text = _fit(caption.text, font, width)
+    text = fit(caption.text, font, width)
     draw.text((x + (width - font.getlength(text)) / 2, y), text, colour, font)
 
 
@@ -243,7 +243,7 @@ def _scale_for(images: Sequence[np.ndarray]) -> int:
     return max(1, round(TILE_HEIGHT / max(image.shape[0] for image in images)))
 
 
-def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """The text, cut with an ellipsis to at most `width` pixels."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
@@ -262,7 +262,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, max_lines: int)
         while count < len(words) and font.getlength(" ".join(words[: count + 1])) <= width:
             count += 1
         last = len(lines) == max_lines - 1
-        lines.append(_fit(" ".join(words if last else words[:count]), font, width))
+        lines.append(fit(" ".join(words if last else words[:count]), font, width))
         words = [] if last else words[count:]
     return lines
 
@@ -277,7 +277,8 @@ def _line_height(font: ImageFont.FreeTypeFont) -> int:
 
 
 @lru_cache(maxsize=16)
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def typeface(size: int) -> ImageFont.FreeTypeFont:
+    """The font of every picture, in pixels of height."""
     font = ImageFont.load_default(size=size)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise RuntimeError("this Pillow was built without FreeType; install the `pillow` wheel of constraints.txt")

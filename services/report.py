@@ -1,6 +1,6 @@
 """`raylign report`: one self-contained HTML page about a run, from its directory alone.
 
-Pictures and charts are inlined, nothing is loaded from anywhere, and every text is escaped. A run that is still
+Pictures, texts and charts are inlined, nothing is loaded from anywhere, and every text is escaped. A run that is still
 going, or that ended early, gets a page of what there is.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import importlib.metadata
 import io
+import json
 import os
 import platform
 import statistics
@@ -26,7 +27,7 @@ from PIL import Image
 from raylign.errors import RunDirError
 from raylign.metrics import MetricsRow, read_metrics
 from services.charts import Points, line_chart, stacked_chart
-from services.console import duration, headline_means
+from services.console import direction, duration, headline_means
 from services.run_dir import RunDir, write_atomic
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -34,8 +35,12 @@ _LIBRARIES = ("raylign", "torch", "ray", "diffusers", "transformers", "peft", "n
 _MAX_GRIDS = 8
 _INLINE_BYTES = 1_500_000
 """A larger PNG is inlined as JPEG, so that a page with many grids still opens at once."""
+_MAX_TEXT = 20_000
+"""Characters of one step's texts on the page; the file has them all."""
 _TIME_TOTALS = ("time/step_s", "time/since_start_s")
 _NOT_CURVES = ("step", "weight_version", *_TIME_TOTALS)
+
+_TEXT_MEASURES = ("nfe", "cached_calls", "gamma", "characters")
 
 Series = Mapping[str, Points]
 
@@ -60,14 +65,22 @@ def _is_spread(name: str) -> bool:
 
 
 def _is_reward(name: str, prefix: str) -> bool:
-    """A mean reward or one of its details; spreads and counts of groups have other scales."""
-    return name.startswith(prefix) and not _is_spread(name) and not name.endswith("_groups")
+    """A mean reward or one of its details; spreads, counts of groups and measures of texts have other scales."""
+    other = _is_spread(name) or name.endswith("_groups") or name.removeprefix(prefix) in _TEXT_MEASURES
+    return name.startswith(prefix) and not other
+
+
+def _is_measure(name: str, *measures: str) -> bool:
+    """A measure of texts, in training ("nfe/mean") or evaluation ("eval/nfe")."""
+    return any(name in (f"{measure}/mean", f"eval/{measure}") for measure in measures)
 
 
 # The order of the page. What no row shows follows under "more metrics".
 _CHARTS = (
     _ChartRow("Training reward", lambda name: _is_reward(name, "reward/")),
     _ChartRow("Held-out rewards", lambda name: _is_reward(name, "eval/")),
+    _ChartRow("Calls of the network per text (NFE)", lambda name: _is_measure(name, "nfe", "cached_calls"), True),
+    _ChartRow("Entropy budget (gamma)", lambda name: _is_measure(name, "gamma"), floor_zero=True),
     _ChartRow("Diversity and spread within groups", _is_spread, floor_zero=True),
     _ChartRow("Loss", lambda name: name in ("loss", "loss/policy")),
     _ChartRow("Distance from the reference (KL)", lambda name: "kl" in name.split("/"), floor_zero=True),
@@ -88,17 +101,17 @@ def write_report(run_dir: Path) -> Path:
         )
     rows, summary = read_metrics(run.metrics), run.read_summary()
     charts, more_charts = _charts(rows)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("report.html").render(
+    page = render(
+        "report.html",
         title=run.path.resolve().name,
         run_dir=run.path.resolve(),
         status=summary.get("status", "no summary yet"),
         status_class={"finished": "good", "failed": "bad"}.get(str(summary.get("status")), ""),
         facts=_facts(rows, summary),
         outcomes=_outcomes(rows, summary),
-        before_after=_inline(run.before_after),
+        before_after=inline(run.before_after),
+        texts=_texts(run.samples / "before_after.json"),
+        frontier=inline(run.samples / "frontier.png"),
         charts=charts,
         more_charts=more_charts,
         samples=_samples(run.samples),
@@ -110,6 +123,14 @@ def write_report(run_dir: Path) -> Path:
     )
     write_atomic(run.report, page.encode())
     return run.report
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template of services/templates, with every value escaped but ready-made markup."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(template).render(**values)
 
 
 def _charts(rows: Sequence[MetricsRow]) -> tuple[list[_Chart], list[_Chart]]:
@@ -166,11 +187,7 @@ def _outcomes(rows: Sequence[MetricsRow], summary: Mapping[str, Any]) -> list[di
             "name": name,
             "before": _number(before),
             "after": _number(after),
-            "direction": ""
-            if before is None or after is None or before == after
-            else "up"
-            if after > before
-            else "down",
+            "direction": direction(name.removeprefix("held-out "), before, after),
         }
         for name, (before, after) in pairs.items()
     ]
@@ -192,22 +209,38 @@ def _facts(rows: Sequence[MetricsRow], summary: Mapping[str, Any]) -> list[str]:
 
 
 def _samples(folder: Path) -> list[dict[str, str]]:
-    """The sample grids, first and last included; evenly thinned out if there are many."""
-    paths = sorted(folder.glob("step_*.png"))
+    """The sample grids or texts, first and last included; evenly thinned out if there are many."""
+    paths = sorted([*folder.glob("step_*.png"), *folder.glob("step_*.txt")])
     if len(paths) > _MAX_GRIDS:
         chosen = {round(index * (len(paths) - 1) / (_MAX_GRIDS - 1)) for index in range(_MAX_GRIDS)}
         paths = [path for index, path in enumerate(paths) if index in chosen]
-    grids: list[dict[str, str]] = []
+    samples: list[dict[str, str]] = []
     for path in paths:
-        data = _inline(path)
-        if data is not None:
-            number = path.stem.removeprefix("step_")
-            grids.append({"title": f"step {int(number)}" if number.isdigit() else path.stem, "data": data})
-    return grids
+        number = path.stem.removeprefix("step_")
+        title = f"step {int(number)}" if number.isdigit() else path.stem
+        if path.suffix == ".txt":
+            samples.append({"title": title, "text": path.read_text(errors="replace")[:_MAX_TEXT], "data": ""})
+        elif (data := inline(path)) is not None:
+            samples.append({"title": title, "text": "", "data": data})
+    return samples
 
 
-def _inline(path: Path) -> str | None:
-    """A picture as a data URL, None if there is none or it is half written."""
+def _texts(path: Path) -> dict[str, Any] | None:
+    """Held-out answers before and after; None if there are none, or the file is half written."""
+    try:
+        data = json.loads(path.read_bytes())
+        for answer in (one for row in data["prompts"] for one in (*row["before"], *row["after"])):
+            reward = "no reward" if answer["reward"] is None else f"reward {answer['reward']:.3f}"
+            calls = f"{answer['nfe']} call{'' if answer['nfe'] == 1 else 's'}"
+            budget = [] if answer["gamma"] is None else [f"gamma {answer['gamma']:.3g}"]
+            answer["facts"] = " · ".join([reward, calls, *budget])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return data if data["prompts"] else None
+
+
+def inline(path: Path) -> str | None:
+    """A picture as a data URL; None if there is none or it is half written."""
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as picture:

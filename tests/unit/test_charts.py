@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from services.charts import _label, _thin, _ticks, line_chart, stacked_chart
+from services.charts import _label, _thin, line_chart, stacked_chart, ticks
 
 
 def _parse(chart: str) -> ET.Element:
@@ -91,7 +91,7 @@ def test_a_stack_reaches_the_sum_and_treats_a_missing_step_as_none() -> None:
     [(0, 1, [0, 0.25, 0.5, 0.75, 1]), (0.31, 0.87, [0.2, 0.4, 0.6, 0.8, 1]), (0, 60, [0, 20, 40, 60])],
 )
 def test_ticks_are_round_and_cover_the_range(low: float, high: float, expected: list[float]) -> None:
-    assert _ticks(low, high, 4) == expected
+    assert ticks(low, high, 4) == expected
 
 
 def test_labels_are_short() -> None:

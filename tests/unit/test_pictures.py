@@ -16,12 +16,12 @@ from services.pictures import (
     SHEET_WIDTH,
     BeforeAfterRow,
     Caption,
-    _fit,
-    _font,
     _wrap,
     before_after,
+    fit,
     grid,
     save_png,
+    typeface,
 )
 
 
@@ -135,11 +135,11 @@ def test_rows_may_have_uneven_samples_and_long_prompts() -> None:
 
 
 def test_text_is_cut_to_its_width() -> None:
-    font = _font(15)
-    cut = _fit("a caption that is far too long for its tile", font, 100)
+    font = typeface(15)
+    cut = fit("a caption that is far too long for its tile", font, 100)
     assert font.getlength(cut) <= 100
     assert cut.endswith("…")
-    assert _fit("short\nand\tplain", font, 500) == "short and plain"
+    assert fit("short\nand\tplain", font, 500) == "short and plain"
     assert _wrap("one two three four five six", font, 60, max_lines=2)[1].endswith("…")
     assert _wrap("", font, 60, max_lines=2) == []
 
