@@ -71,7 +71,7 @@ class Spg(TokenAlgorithm):
     def policy_loss(self, scorer: Scorer, batch: TokenBatch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         config, counted_NL = self.config, scorer.counted_NL
         length_N = counted_NL.sum(dim=1)
-        canvases = self._canvases(batch, counted_NL)
+        canvases = block_canvases(batch, counted_NL, config.num_canvases, self._block_length, config.hide_rate)
         masked_TNL = torch.stack([canvas.selected_NL for canvas in canvases])
 
         def estimate(ask: Ask) -> torch.Tensor:
@@ -90,26 +90,27 @@ class Spg(TokenAlgorithm):
         metrics = {"loss/policy": loss_N, "bound/lower": lower_N, "bound/gap": upper_N - lower_N}
         return self.with_kl(loss_N, metrics, kl_N)
 
-    def _canvases(self, batch: TokenBatch, counted_NL: torch.Tensor) -> list[NoisedCanvas]:
-        """T canvases of each response, drawn by the sample's key, anew in each epoch."""
-        draws, block = item_generators(batch, "spg_mask"), self._block_length
-        length = counted_NL.shape[1]
-        num_blocks = -(-length // block)
-        counted_N = counted_NL.sum(dim=1).cpu()
-        place_L = torch.arange(length)
-        # The code's own draw: a permutation of all blocks, folded onto those that hold counted tokens.
-        order_NK = torch.stack([torch.randperm(num_blocks, generator=draw) for draw in draws])
-        order_NK = order_NK % (-(-counted_N // block)).clamp_min(1)[:, None]
-        canvases: list[NoisedCanvas] = []
-        for number in range(self.config.num_canvases):
-            start_N1 = block * order_NK[:, number % num_blocks, None]
-            inside_NL = (place_L >= start_N1) & (place_L < start_N1 + block) & counted_NL.cpu()
-            most_N = inside_NL.sum(dim=1).tolist()
-            sizes = [int(torch.randint(1, max(1, n) + 1, (), generator=g)) for n, g in zip(most_N, draws, strict=True)]
-            masked_NL = random_masks(inside_NL, torch.tensor(sizes), draws)
-            hidden_NL = torch.stack([torch.rand(length, generator=draw) for draw in draws]) < self.config.hide_rate
-            masked_NL |= (place_L >= start_N1 + block) | ((place_L < start_N1) & hidden_NL)
-            masked_NL = masked_NL.to(counted_NL.device) | ~counted_NL
-            hidden_NP = prompt_mask(batch, self.config.hide_rate, draws)
-            canvases.append(NoisedCanvas(~masked_NL, masked_NL & counted_NL, hidden_NP))
-        return canvases
+
+def block_canvases(
+    batch: TokenBatch, counted_NL: torch.Tensor, num_canvases: int, block: int, hide_rate: float
+) -> list[NoisedCanvas]:
+    """The canvases of the module's docstring, for each response, drawn by the sample's key, anew in each epoch."""
+    draws = item_generators(batch, "spg_mask")
+    length, device = counted_NL.shape[1], counted_NL.device
+    counted_NL = counted_NL.cpu()
+    num_blocks, place_L = -(-length // block), torch.arange(length)
+    # The code's own draw: a permutation of all blocks, folded onto those that hold counted tokens.
+    order_NK = torch.stack([torch.randperm(num_blocks, generator=draw) for draw in draws])
+    order_NK = order_NK % -(-counted_NL.sum(dim=1, keepdim=True) // block)
+    canvases: list[NoisedCanvas] = []
+    for number in range(num_canvases):
+        start_N1 = block * order_NK[:, number % num_blocks, None]
+        inside_NL = (place_L >= start_N1) & (place_L < start_N1 + block) & counted_NL
+        most_N = inside_NL.sum(dim=1).tolist()
+        sizes = [int(torch.randint(1, most + 1, (), generator=draw)) for most, draw in zip(most_N, draws, strict=True)]
+        chosen_NL = random_masks(inside_NL, torch.tensor(sizes), draws)
+        hidden_NL = torch.stack([torch.rand(length, generator=draw) for draw in draws]) < hide_rate
+        masked_NL = chosen_NL | (place_L >= start_N1 + block) | ((place_L < start_N1) & hidden_NL) | ~counted_NL
+        hidden_NP = prompt_mask(batch, hide_rate, draws)
+        canvases.append(NoisedCanvas(~masked_NL.to(device), (masked_NL & counted_NL).to(device), hidden_NP))
+    return canvases
