@@ -28,7 +28,8 @@ TUNINGS = pytest.mark.parametrize("tuning", ["lora", "full"])
 
 
 def load(family: type, role: str = "rollout", tuning: str = "lora", **options: Any) -> DenoisingPolicy:
-    return load_policy(TINY[family](tuning), role, **{"seed": 3, **options})
+    chosen: dict[str, Any] = {"role": role, "seed": 3, **options}
+    return load_policy(TINY[family](tuning), **chosen)
 
 
 def ask(policy: DenoisingPolicy, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
