@@ -53,10 +53,6 @@ class Scorer:
         """The current policy's log-probs of the selected tokens, (N, L) fp32, with gradient; 0 elsewhere."""
         return self._score(canvas, None)
 
-    def learner_and_rollout(self, canvas: NoisedCanvas) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same, and those of the policy at the beginning of the step; see `both`."""
-        return self.both(lambda ask: ask(canvas))
-
     def both(self, estimator: Estimator) -> tuple[torch.Tensor, torch.Tensor]:
         """An estimate under the current policy, and under the policy at the beginning of the step, without gradient.
 
@@ -70,7 +66,7 @@ class Scorer:
         return estimator(self.learner), rollout_estimate
 
     def rollout(self, canvas: NoisedCanvas) -> torch.Tensor:
-        """The same of the policy at the beginning of the step, without gradient."""
+        """The log-probs of the policy at the beginning of the step, without gradient."""
         return self._score(canvas, "old")
 
     def reference(self, canvas: NoisedCanvas) -> torch.Tensor:
