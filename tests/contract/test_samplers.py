@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,3 +183,16 @@ def test_its_calls_finish_every_block(config_cls: type) -> None:
             break
         masked_BL &= ~sampler.choose(candidates(step, masked_BL, step))
     assert not bool(masked_BL.any())
+
+
+@TEXT_ROWS
+def test_the_documentation_names_every_key_with_its_default(config_cls: type) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "samplers.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    for name, field in config_cls.model_fields.items():
+        if name == "type":
+            assert any(line.startswith(f"| `{field.default}` |") for line in rows)
+            continue
+        spelled = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+        default = "not set" if field.default is None else f"`{spelled}`"
+        assert any(line.startswith(f"| `{name}` |") and default in line.split("|")[2] for line in rows), name
