@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from raylign.config import Config, parse_config
-from raylign.errors import ModelError
+from raylign.errors import ConfigError, ModelError
 from raylign.models.bidirectional import BLOCK_LINEARS, BidirectionalNetwork, NetworkShape
 from raylign.models.text_checkpoint import NameMap, TextFormat
 from raylign.models.text_policy import TextModelConfig
@@ -189,8 +189,11 @@ class TinyTextConfig(TextModelConfig):
 
 
 def build_tiny_text(described: dict[str, Any], config: TextModelConfig) -> BidirectionalNetwork:
-    """The network that a config.json describes. Raises ModelError for lengths it has no positions for."""
-    settings = parse_config(TinyTextSettings, described, f"{config.path}/config.json")
+    """The network that a config.json describes. Raises ModelError for a bad one, or lengths it has no positions for."""
+    try:
+        settings = parse_config(TinyTextSettings, described, f"{config.path}/config.json")
+    except ConfigError as error:
+        raise ModelError(str(error)) from None
     for key, most in (("canvas_length", settings.max_canvas_length), ("max_prompt_length", settings.max_prompt_length)):
         if getattr(config, key) > most:
             raise ModelError(f"model.{key} is {getattr(config, key)}, this model has positions for {most}")

@@ -394,9 +394,12 @@ def test_bf16_is_close_to_fp32(family: Family) -> None:
         assert answer.dtype == torch.float32
         gap = (answer - logits(exact)).abs().max()
         assert 0 < float(gap) < 0.1 * float(logits(exact).abs().max())
-    snapshot = exact.export_weights(1, moved(exact))
-    rounded.load_weights(snapshot)
-    assert all(p.dtype == torch.float32 for p in rounded.trainable_parameters().values()), "adapters stay fp32"
+    rounded.load_weights(exact.export_weights(1, moved(exact)))
+    finite_logits(rounded.predict(*ask(rounded))).sum().backward()
+    for name, parameter in rounded.trainable_parameters().items():
+        assert parameter.dtype == torch.float32, "adapters stay fp32"
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all()
 
 
 @ROWS
