@@ -82,6 +82,29 @@ def evaluate(
     evaluate_target(target, name or None, overrides, pictures)
 
 
+@app.command(context_settings=_OVERRIDES)
+def ablate(
+    context: typer.Context,
+    config: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped one.")] = "quickstart_text",
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; runs/ablation-CONFIG if absent.")] = None,
+    variants: Annotated[
+        str, typer.Option(help="Ways of choosing entropy budgets, separated by commas.")
+    ] = "one_token,fixed,sampled,learned",
+    seeds: Annotated[int, typer.Option(help="How many seeds, counting up from the configuration's.")] = 1,
+) -> None:
+    """Train a text model once per way of choosing entropy budgets, and report what the controller adds.
+
+    Example: `raylign ablate configs/quickstart_text.toml --seeds 3 --num_steps 40`
+
+    Given again, it goes on where it stopped.
+    """
+    config, overrides = split_config(config, "quickstart_text", context.args)
+    from services.ablate import ablate as run_ablation
+
+    names = [name.strip() for name in variants.split(",") if name.strip()]
+    raise typer.Exit(run_ablation(config, overrides, out, names, seeds, typer.echo))
+
+
 @app.command()
 def pretrain(
     name: Annotated[str, typer.Argument(help="What to make: `glyphs`, the tiny SD3 of the quickstart.")],
