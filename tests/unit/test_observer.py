@@ -1,0 +1,153 @@
+"""What a run leaves for people: files of a text run and of a picture run, and that a resumed one goes on with them."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from raylign.types import RolloutGroup
+from services.console import RunConsole
+from services.observer import RunObserver
+from services.run_dir import RunDir
+from tests.text_answers import answer_group
+
+
+class _Sink:
+    """A MetricsSink that remembers."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.pictures: list[tuple[int, str]] = []
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def images(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        self.pictures.append((step, name))
+
+    def close(self) -> None:
+        pass
+
+
+class _Watched:
+    """An observer of a run in a folder, and what it printed and logged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run = RunDir(folder)
+        self.run.samples.mkdir(parents=True, exist_ok=True)
+        self.sink = _Sink()
+        self.screen = io.StringIO()
+        self.observer = RunObserver(self.run, self.sink, RunConsole(Console(file=self.screen)))
+
+    def json(self, name: str) -> dict:
+        return json.loads((self.run.samples / name).read_bytes())
+
+
+def _texts(right: int, calls: int) -> list[RolloutGroup]:
+    """Two prompts of two answers, `right` of the four correct, after `calls` calls each."""
+    exact = [place < right for place in range(4)]
+    return [
+        answer_group(
+            name,
+            ["good" if one else "bad" for one in some],
+            rewards=[float(one) for one in some],
+            exact=some,
+            calls=[calls, calls],
+            log_gamma=[math.log(0.2)] * 2,
+        )
+        for name, some in (("a", exact[:2]), ("b", exact[2:]))
+    ]
+
+
+def test_an_evaluation_of_texts_is_written_to_read_and_announced_once(tmp_path: Path) -> None:
+    watched = _Watched(tmp_path)
+    watched.observer.evaluated(0, _texts(right=1, calls=4))
+    watched.observer.evaluated(60, _texts(right=3, calls=2))
+    assert sorted(path.name for path in watched.run.samples.iterdir()) == [
+        "before_after.json",
+        "first.json",
+        "step_00000.txt",
+        "step_00060.txt",
+    ]
+    text = (watched.run.samples / "step_00060.txt").read_text()
+    assert "exact_answer 0.750  exact_answer/exact 0.750  nfe 2.000" in text
+    assert "+     1.000     2 calls  | good" in text
+    rows = watched.json("before_after.json")["prompts"]
+    assert [[answer["text"] for answer in rows[0][side]] for side in ("before", "after")] == [
+        ["good", "bad"],
+        ["good", "good"],
+    ]
+    printed = watched.screen.getvalue()
+    assert printed.count("first texts: ") == 1
+    assert "step_00000.txt  sort a -> good" in printed
+    assert "nfe 4.000 -> 2.000" in printed
+
+
+def test_a_resumed_run_still_compares_with_the_first_evaluation(tmp_path: Path) -> None:
+    _Watched(tmp_path).observer.evaluated(0, _texts(right=0, calls=4))
+    later = _Watched(tmp_path)
+    later.observer.evaluated(60, _texts(right=4, calls=1))
+    data = later.json("before_after.json")
+    assert (data["before_step"], data["after_step"]) == (0, 60)
+    assert [answer["good"] for answer in data["prompts"][0]["before"]] == [False, False]
+    assert [answer["good"] for answer in data["prompts"][0]["after"]] == [True, True]
+
+
+def test_sweeps_become_a_frontier_with_the_operating_points(tmp_path: Path) -> None:
+    first = _Watched(tmp_path)
+    first.observer.evaluated(0, _texts(right=1, calls=4))
+    first.observer.swept(0, {1.0: _texts(right=0, calls=2), 0.0: _texts(right=1, calls=6)})
+    with Image.open(tmp_path / "samples" / "frontier.png") as picture:
+        assert picture.size == (1240, 720)
+    assert first.sink.pictures == [(0, "frontier")]
+    later = _Watched(tmp_path)
+    later.observer.evaluated(60, _texts(right=3, calls=2))
+    later.observer.swept(60, {0.0: _texts(right=4, calls=6)})
+    data = later.json("frontier.json")
+    assert data["quality"] == "exact"
+    before, after = data["series"]["before"], data["series"]["after"]
+    assert [(p["gamma"], p["accuracy"], p["nfe"], p["samples"]) for p in before["points"]] == [
+        (0.0, 0.25, 6.0, 4),
+        (1.0, 0.0, 2.0, 4),
+    ]
+    assert (before["own"]["accuracy"], before["own"]["nfe"]) == (0.25, 4.0)
+    assert (after["step"], after["own"]["accuracy"], after["own"]["nfe"]) == (60, 0.75, 2.0)
+    assert round(after["own"]["gamma"], 6) == 0.2
+
+
+def test_sweeps_without_any_reward_leave_nothing(tmp_path: Path) -> None:
+    watched = _Watched(tmp_path)
+    watched.observer.swept(0, {0.0: [answer_group("a", ["x"], rewards=[None], calls=[1])]})
+    assert not list(watched.run.samples.iterdir())
+
+
+def test_the_calls_of_a_step_are_printed_beside_its_reward(tmp_path: Path) -> None:
+    watched = _Watched(tmp_path)
+    watched.observer.stepped(1, {"reward/mean": 0.5, "nfe/mean": 3.5}, [])
+    assert "reward 0.500  nfe 3.50" in watched.screen.getvalue()
+    assert watched.sink.rows[0][1]["time/since_start_s"] >= 0
+
+
+def test_an_evaluation_of_pictures_is_a_grid_and_a_sheet(tmp_path: Path) -> None:
+    watched = _Watched(tmp_path)
+    for step, groups in ((0, _pictures(0.1)), (20, _pictures(1.0))):
+        watched.observer.evaluated(step, groups)
+    names = sorted(path.name for path in watched.run.samples.iterdir())
+    assert names == ["before_after.png", "first.npz", "step_00000.png", "step_00020.png"]
+    assert watched.sink.pictures == [(0, "samples"), (20, "samples")]
+    assert watched.observer.first_eval["exact_answer"] == 0.1
+    assert watched.observer.last_eval["exact_answer"] == 1.0
+
+
+def _pictures(reward: float) -> Sequence[RolloutGroup]:
+    group = answer_group("a", ["x", "y"], rewards=[reward, reward], calls=[1, 1])
+    pictures = np.full((2, 8, 8, 3), round(reward * 200), np.uint8)
+    return [replace(group, texts=None, images_GHWC=pictures)]
