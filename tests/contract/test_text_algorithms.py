@@ -285,6 +285,28 @@ def test_only_the_budget_head_learns_from_budgets_and_moves_to_those_that_paid(c
 
 
 @ROWS
+def test_a_budget_counts_once_per_sample_however_many_items_it_has(config_cls: type[Any]) -> None:
+    policy = ToyTextPolicy(budget_head=True)
+    algorithm = text_algorithm(config_cls(), policy, "learned")
+    groups = groups_for(config_cls, budget="learned")
+    found: dict[object, float] = {}
+    for batch in token_batches(algorithm, groups):
+        for key, value in zip(
+            batch.keys, algorithm.loss(policies_for(algorithm, policy), batch).metrics["loss/budget"], strict=True
+        ):
+            found[key] = found.get(key, 0.0) + float(value)
+    for index, group in enumerate(groups):
+        # r (1 - .25 NFE / L), less the group's mean; log gamma has mean log .5 and deviation .5.
+        nfe = group.tokens.nfe_G.tolist()
+        worth = [by_sibling(index, sibling) * (1 - 0.25 * nfe[sibling] / 8) for sibling in range(4)]
+        assert group.tokens.log_gamma_G is not None
+        for sibling, log_gamma in enumerate(group.tokens.log_gamma_G.tolist()):
+            credit = worth[sibling] - sum(worth) / 4
+            expected = credit * (log_gamma - math.log(0.5)) ** 2 / (2 * 0.5**2)
+            assert found[group.rollouts[sibling].key] == pytest.approx(expected, abs=1e-5)
+
+
+@ROWS
 def test_a_few_steps_raise_the_reward(config_cls: type[Any]) -> None:
     config = config_cls()
     policy, rollout = (ToyTextPolicy(4, "abc", seed=seed, sharpness=0.5) for seed in (5, 6))

@@ -1,16 +1,13 @@
-"""Losses of texts: numbers worked by hand, and second derivations of whole algorithms in plain loops."""
+"""Losses of texts, worked by hand."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
 from learner.advantages import relative_advantages
-from learner.algorithms.coupled_grpo import CoupledGrpoConfig
-from learner.algorithms.d1 import D1Config
 from learner.algorithms.token_base import ratio_metrics
 from learner.algorithms.unigrpo import sweep
 from learner.algorithms.wd1 import Wd1Config, signed_weights
@@ -25,12 +22,9 @@ from learner.token_losses import (
     sandwich_lower,
     sandwich_upper,
 )
-from raylign.keys import generator
-from raylign.models.tokens import TokenPrompts
-from raylign.types import RolloutGroup
-from tests.text_groups import draw_text_groups, policies_for, text_algorithm, token_batches
+from tests.text_groups import draw_text_groups, text_algorithm
 from tests.tiny_models import breakdown
-from tests.toy_text import EOS_ID, MASK_ID, ToyTextPolicy
+from tests.toy_text import ToyTextPolicy
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -188,87 +182,3 @@ def test_a_lone_or_equal_reward_has_no_advantage(std: str) -> None:
 def test_the_sweep_of_noise_levels() -> None:
     assert [sweep(epoch, 5) for epoch in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert sweep(0, 1) == 0.0
-
-
-def row_logprobs(
-    policy: ToyTextPolicy, group: RolloutGroup, row: int, masked: list[bool], hidden: list[bool] | None = None
-) -> torch.Tensor:
-    """Log-prob of every token of one response with some positions masked, computed for it alone: (L,)."""
-    tokens = group.tokens.tokens_GL[row]
-    prompt = group.conditioning.ids_PL[0]
-    if hidden is not None:
-        prompt = torch.tensor([MASK_ID if hide else int(one) for one, hide in zip(prompt, hidden, strict=True)])
-    canvas = torch.tensor([MASK_ID if hide else int(one) for one, hide in zip(tokens, masked, strict=True)])
-    logits = policy.predict(canvas[None], TokenPrompts(prompt[None], torch.ones(1, len(prompt), dtype=torch.bool)))
-    return torch.stack([torch.log_softmax(logits.logits_BLV[0, k], dim=0)[int(one)] for k, one in enumerate(tokens)])
-
-
-def num_counted(group: RolloutGroup, row: int) -> int:
-    tokens = group.tokens.tokens_GL[row].tolist()
-    return tokens.index(EOS_ID) + 1 if EOS_ID in tokens else len(tokens)
-
-
-def d1_scores(policy: ToyTextPolicy, group: RolloutGroup, row: int) -> torch.Tensor:
-    key = group.rollouts[row].key
-    length = group.conditioning.ids_PL.shape[1]
-    hidden = [bool(u < 0.15) for u in torch.rand(length, generator=generator(*key, "prompt_mask", 0, 0))]
-    return row_logprobs(policy, group, row, [True] * 8, hidden)
-
-
-def coupled_scores(policy: ToyTextPolicy, group: RolloutGroup, row: int) -> torch.Tensor:
-    key = group.rollouts[row].key
-    shared = generator(key.run_seed, key.prompt_id, key.visit, "coupled_rate", 0)
-    rate = 0.2 + 0.6 * float(torch.rand((), generator=shared, dtype=torch.float64))
-    part = [bool(u < rate) for u in torch.rand(8, generator=generator(*key, "coupled_mask", 0, 0))]
-    rest = [not one for one in part]
-    full, first, second = (row_logprobs(policy, group, row, masked) for masked in ([True] * 8, part, rest))
-    scores = [full[k] + (first[k] / rate if part[k] else second[k] / (1 - rate)) for k in range(8)]
-    return torch.stack(scores) / 2
-
-
-SECOND = {D1Config: d1_scores, CoupledGrpoConfig: coupled_scores}
-
-
-@pytest.mark.parametrize("config_cls", SECOND)
-def test_a_second_derivation_gives_the_same_loss(config_cls: type[D1Config | CoupledGrpoConfig]) -> None:
-    policy, before, config = ToyTextPolicy(), ToyTextPolicy(), config_cls()
-    groups = draw_text_groups(before)
-    algorithm = text_algorithm(config, policy)
-    policies = policies_for(algorithm, policy)
-    with torch.no_grad():
-        policy.trainable_parameters()["logits"].mul_(1.3)
-    credit = algorithm.credit(groups)
-    (batch,) = token_batches(algorithm, groups, 12, on_policy=False)
-    found = algorithm.loss(policies, batch).loss_N.tolist()
-    clipped = 0
-    for place in range(12):
-        group, row = groups[place // 4], place % 4
-        adv = float(credit[place // 4].adv_G[row])
-        expected = 0.0
-        with torch.no_grad():
-            now, then = (SECOND[config_cls](one, group, row) for one in (policy, before))
-        for k in range(num_counted(group, row)):
-            ratio, gap = math.exp(now[k] - then[k]), float(then[k] - now[k])
-            bounded = min(max(ratio, 0.5), 1.5)
-            clipped += ratio != bounded
-            expected += -min(ratio * adv, bounded * adv) + config.kl_weight * (math.exp(gap) - gap - 1)
-        assert found[place] == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert clipped > 0
-
-
-@pytest.mark.parametrize("config_cls", SECOND)
-def test_on_policy_the_gradient_is_the_plain_policy_gradient(config_cls: type[D1Config | CoupledGrpoConfig]) -> None:
-    policy = ToyTextPolicy()
-    groups = draw_text_groups(policy)
-    algorithm = text_algorithm(config_cls(), policy)
-    (batch,) = token_batches(algorithm, groups, 12)
-    surrogate = algorithm.loss(policies_for(algorithm, policy), replace(batch, on_policy=False)).loss_N.sum()
-    plain = torch.zeros(())
-    for group, credit in zip(groups, algorithm.credit(groups), strict=True):
-        for row in range(4):
-            plain = plain - credit.adv_G[row] * SECOND[config_cls](policy, group, row)[: num_counted(group, row)].sum()
-    parameters = list(policy.trainable_parameters().values())
-    pairs = zip(torch.autograd.grad(surrogate, parameters), torch.autograd.grad(plain, parameters), strict=True)
-    for one, other in pairs:
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-        assert other.abs().max() > 1e-2
