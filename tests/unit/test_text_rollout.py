@@ -319,6 +319,10 @@ def test_cached_calls_are_counted_apart_and_follow_their_rows(kind: CacheKind, g
         assert torch.equal(alone.tokens_GL[0], together.tokens_GL[row])
         torch.testing.assert_close(alone.plain_logprob_GL[0], together.plain_logprob_GL[row], rtol=0, atol=1e-5)
     every_other = written(draw_texts(policy, config.model_copy(update={"cache_refresh": 2}), TWO_TEXTS)[1])
+    for row in range(4):
+        blocks = every_other.reveal_step_GL[row].view(3, 4)
+        whole = sum((len(set(block.tolist())) + 1) // 2 for block in blocks)
+        assert int(every_other.nfe_G[row] - every_other.cached_calls_G[row]) == whole
     assert bool((every_other.nfe_G - every_other.cached_calls_G > 3).any())
 
 
