@@ -279,7 +279,7 @@ class RunConsole:
             first = self._state.eval_first.get(name, value)
             change = Text(f"{value:.3f}") if first == value else _change(first, value, name)
             pieces.append(Text.assemble((f"{name} ", "dim"), change))
-        return Text("  ·  ", "dim").join(pieces)
+        return Text.assemble(("  ·  ", "dim")).join(pieces)
 
     def _phase_text(self) -> Text:
         phases = {

@@ -35,8 +35,14 @@ def _refused(arguments: list[str], folder: Path) -> str:
 def test_help_names_every_command(tmp_path: Path) -> None:
     done = _raylign(["--help"], tmp_path)
     assert done.returncode == 0
-    for command in ("train", "resume", "export", "evaluate", "pretrain", "serve-rewards", "report", "doctor"):
+    for command in ("train", "resume", "export", "evaluate", "ablate", "pretrain", "serve-rewards", "report", "doctor"):
         assert command in done.stdout
+
+
+def test_an_ablation_of_pictures_is_refused(tmp_path: Path) -> None:
+    output = _refused(["ablate", "quickstart_image", "--out", "here", "--seed", "3"], tmp_path)
+    assert "compares entropy budgets, which sampler 'euler_ode' has not" in output
+    assert not (tmp_path / "here").exists()
 
 
 def test_a_prompt_without_a_quoted_target_is_named_before_anything_starts(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from raylign.errors import RewardError
-from services.console import RunConsole, ascii_picture, duration, headline_means, sparkline
+from services.console import RunConsole, ascii_picture, direction, duration, headline_means, sparkline
 
 SUMMARY: Mapping[str, Any] = {
     "status": "finished",
@@ -169,6 +169,52 @@ def test_only_the_first_pictures_are_announced() -> None:
     assert screen.text == "ok first pictures: a.png\n"
 
 
+def test_only_the_first_texts_are_announced_with_an_example() -> None:
+    screen = _Screen()
+    screen.run.texts(Path("a.txt"), "sort 3 1 → 1 3")
+    screen.run.texts(Path("b.txt"), "sort 2 1 → 1 2")
+    assert screen.text == "ok first texts: a.txt  sort 3 1 -> 1 3\n"
+
+
+def test_calls_of_the_network_are_shown_beside_the_reward_and_fewer_are_green() -> None:
+    screen = _Screen(terminal=True)
+    with screen.run as run:
+        run.begin(4)
+        run.evaluated(0, {"eval/sort": 0.5, "eval/nfe": 4.0, "eval/gamma": 0.1})
+        run.evaluated(1, {"eval/sort": 0.25, "eval/nfe": 2.0, "eval/gamma": 0.2})
+        run.step(1, _metrics(0.5, **{"nfe/mean": 4.0}))
+        run.step(2, _metrics(0.25, **{"nfe/mean": 1.5}))
+        assert run._block is not None
+        run._block.refresh()
+    assert "nfe 1.50 (-2.500)  █▁" in screen.words
+    green, red = "\x1b[1;32m", "\x1b[1;31m"
+    assert f"{green}2.000" in screen.text
+    assert f"{red}0.250" in screen.text
+    assert f"{green}0.200" not in screen.text, "a budget is neither better nor worse"
+    assert "\x1b[32m (-2.500)" in screen.text
+    assert "\x1b[31m (-0.250)" in screen.text
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last", "expected"),
+    [
+        ("ocr", 0.1, 0.2, "better"),
+        ("ocr", 0.2, 0.1, "worse"),
+        ("nfe", 4.0, 2.0, "better"),
+        ("nfe", 2.0, 4.0, "worse"),
+        ("failed", 0.0, 3.0, "worse"),
+        ("gamma", 0.1, 0.2, ""),
+        ("ocr", 0.2, 0.2, ""),
+        ("ocr", None, 0.2, ""),
+        ("nfe", 2.0, None, ""),
+    ],
+)
+def test_better_is_more_reward_and_fewer_calls(
+    name: str, first: float | None, last: float | None, expected: str
+) -> None:
+    assert direction(name, first, last) == expected
+
+
 def test_the_end_says_what_changed_and_where_to_look(tmp_path: Path) -> None:
     for name in ("samples", "checkpoints", "tensorboard"):
         (tmp_path / name).mkdir()
@@ -306,6 +352,12 @@ def test_the_mix_is_a_headline_only_if_rewards_are_mixed() -> None:
         "diversity",
     ]
     assert list(headline_means({"mean": 0.5, "ocr": 0.5, "clip": 0.1})) == ["mean", "ocr", "clip"]
+
+
+def test_measures_of_texts_are_no_rewards() -> None:
+    means = {"mean": 0.5, "sort": 0.5, "failed": 2.0, "nfe": 2.0, "cached_calls": 0.0, "gamma": 0.1, "characters": 9.0}
+    assert list(headline_means(means)) == ["sort", "failed", "nfe", "gamma"]
+    assert "cached_calls" in headline_means({**means, "cached_calls": 1.0})
 
 
 def test_the_console_loads_no_heavy_library() -> None:

@@ -206,6 +206,65 @@ def test_a_large_picture_is_inlined_smaller(tmp_path: Path) -> None:
     assert len(text) < (tmp_path / "run" / "samples" / "before_after.png").stat().st_size
 
 
+def _answer(text: str, good: bool, calls: int) -> dict[str, Any]:
+    return {"text": text, "reward": float(good), "good": good, "nfe": calls, "gamma": 0.15}
+
+
+def test_a_text_run_shows_answers_before_and_after_the_frontier_and_its_calls(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _picture(run / "samples" / "frontier.png")
+    (run / "samples" / "step_00000.txt").write_text("answers & <b>more</b>")
+    (run / "samples" / "step_00060.txt").write_text("better answers")
+    row = {
+        "id": "a",
+        "prompt": "sort 3 <1>",
+        "wanted": "1 3",
+        "before": [_answer("3 <i>1", False, 4), _answer("", False, 6)],
+        "after": [_answer("1 3", True, 1)],
+    }
+    table = {"before_step": 0, "after_step": 60, "prompts": [row]}
+    (run / "samples" / "before_after.json").write_text(json.dumps(table))
+    rows = [
+        {"step": step, "reward/sort": 0.1 * step, "nfe/mean": 4.0 / step, "gamma/mean": 0.1, "characters/mean": 5.0}
+        for step in (1, 2)
+    ]
+    rows.append({"step": 3, "eval/sort": 0.5, "eval/nfe": 2.0, "eval/gamma": 0.1, "eval/characters": 5.0})
+    summary = {**EVERYTHING, "eval_initial": {"sort": 0.2, "nfe": 4.0}, "eval_final": {"sort": 0.8, "nfe": 1.5}}
+    text = _write(run, rows, summary)
+    page = _Page(text)
+    assert page.headings[:7] == [
+        "Before and after",
+        "Accuracy against calls of the network",
+        "Curves",
+        "Training reward",
+        "Held-out rewards",
+        "Calls of the network per text (NFE)",
+        "Entropy budget (gamma)",
+    ]
+    charts = dict(re.findall(r"<h3>(.*?)</h3>(.*?)</figure>", text, re.DOTALL))
+    assert "eval/nfe" not in charts["Held-out rewards"]
+    assert "eval/nfe" in charts["Calls of the network per text (NFE)"]
+    assert re.search(r"held-out nfe.*?4\.000 →.*?better.*?1\.500", text, re.DOTALL), "fewer calls are better"
+    assert len(re.findall('<div class="answer good">', text)) == 1
+    assert len(re.findall('<div class="answer">', text)) == 2
+    assert "reward 1.000 · 1 call · gamma 0.15" in text
+    assert "(nothing)" in text
+    assert re.findall(r"<figcaption>(.*?)</figcaption><pre>(.*?)</pre>", text) == [
+        ("step 0", "answers &amp; &lt;b&gt;more&lt;/b&gt;"),
+        ("step 60", "better answers"),
+    ]
+    assert "<i>" not in text.replace("<i style", "")
+    assert len(page.images) == 1
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", '{"prompts": [{"before": [{}], "after": []}]}', '{"prompts": []}'])
+def test_a_broken_table_of_answers_is_left_out(tmp_path: Path, broken: str) -> None:
+    samples = tmp_path / "run" / "samples"
+    samples.mkdir(parents=True)
+    (samples / "before_after.json").write_text(broken)
+    assert "Before and after" not in _Page(_write(tmp_path / "run", _rows())).headings
+
+
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(RunDirError, match="holds no run"):
