@@ -270,10 +270,11 @@ def test_rows_that_are_done_take_part_in_no_call() -> None:
     assert min(seen) < 12
 
 
-def test_logits_that_are_not_finite_fail_their_row_only() -> None:
-    spoiled = Scripted([4, 5, 6, 7], spoiled=[1])
-    sound = Scripted([4, 5, 6, 7])
-    (group,), (fine,) = draw_texts(spoiled, GREEDY), draw_texts(sound, GREEDY)
+@pytest.mark.parametrize("length", [2, 4])
+def test_logits_that_are_not_finite_fail_their_row_only(length: int) -> None:
+    spoiled, sound = Scripted([4, 5, 6, 7], spoiled=[1]), Scripted([4, 5, 6, 7])
+    config = LowConfidenceConfig(temperature=0.0, block_length=length)
+    (group,), (fine,) = draw_texts(spoiled, config), draw_texts(sound, config)
     # Place 1 of every call but the first is spoiled: rows 1, then 2, then 3 as the batch shrinks. Row 0 is unharmed.
     assert [rollout.status for rollout in group.rollouts] == [
         RolloutStatus.OK,
@@ -283,9 +284,11 @@ def test_logits_that_are_not_finite_fail_their_row_only() -> None:
     assert torch.equal(tokens.tokens_GL[0], written(fine).tokens_GL[0])
     assert torch.equal(tokens.plain_logprob_GL[0], written(fine).plain_logprob_GL[0])
     assert tokens.nfe_G.tolist() == [4, 2, 3, 4]
-    assert tokens.tokens_GL[1].tolist() == [MASK_ID, MASK_ID, MASK_ID, 7]
-    assert tokens.reveal_step_GL[1].tolist() == [-1, -1, -1, 0]
-    assert tokens.plain_logprob_GL[1].isnan().tolist() == [True, True, True, False]
+    assert spoiled.rows_seen == [4, 4, 3, 2], "a row that was given up takes part in no later call or block"
+    first = length - 1
+    assert tokens.tokens_GL[1].tolist() == [4 + k if k == first else MASK_ID for k in range(4)]
+    assert tokens.reveal_step_GL[1].tolist() == [0 if k == first else -1 for k in range(4)]
+    assert tokens.plain_logprob_GL[1].isnan().tolist() == [k != first for k in range(4)]
     assert group.texts is not None
     assert group.texts[0] == "bcde"
 
