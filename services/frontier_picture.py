@@ -24,7 +24,9 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 96, 344, 104, 84
 _LOG_FROM = 4.0
 """Calls are on a logarithmic axis where the most are this many times the fewest."""
 _LOG_TICKS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-_SPOTS = ((0, -18), (0, 18), (1, -11), (1, 11), (-1, -11), (-1, 11), (0, -24), (0, 24))
+_PIECE = 6
+"""Pixels of a line that a label avoids at a time."""
+_SPOTS = ((0, -18), (0, 18), (1, -11), (-1, -11), (1, 11), (-1, 11), (1, 0), (-1, 0), (0, -24), (0, 24))
 """Where a label may lie about its point: widths across, pixels down."""
 _GREY: Colour = (138, 146, 160)
 
@@ -45,11 +47,12 @@ class Curve:
 
 @dataclass(slots=True)
 class _Sheet:
-    """A canvas with coordinates in pixels shown, and where labels already are."""
+    """A canvas with coordinates in pixels shown, and where labels must not lie, or rather not."""
 
     image: Image.Image
     draw: ImageDraw.ImageDraw
     taken: list[Box] = field(default_factory=list[Box])
+    crossed: list[Box] = field(default_factory=list[Box])
 
     @classmethod
     def blank(cls) -> _Sheet:
@@ -161,32 +164,42 @@ def _draw_line(sheet: _Sheet, axes: Axes, points: Sequence[FrontierPoint], colou
     places = [axes.place(point) for point in sorted(points, key=lambda one: one.nfe)]
     if len(places) > 1:
         sheet.line(places, colour, width)
+    for (x, y), (next_x, next_y) in itertools.pairwise(places):
+        pieces = max(1, round(math.dist((x, y), (next_x, next_y)) / _PIECE))
+        shares = [piece / pieces for piece in range(pieces + 1)]
+        sheet.crossed += [_around(x + (next_x - x) * share, y + (next_y - y) * share, width) for share in shares]
 
 
 def _draw_own(sheet: _Sheet, axes: Axes, own: FrontierPoint, colour: Colour) -> None:
     x, y = axes.place(own)
     if own.error:
-        sheet.line([(x, axes.y(own.accuracy - own.error)), (x, axes.y(own.accuracy + own.error))], colour, 2)
+        low, high = axes.y(own.accuracy - own.error), axes.y(own.accuracy + own.error)
+        sheet.line([(x, low), (x, high)], colour, 2)
+        sheet.crossed.append((x - 2, high, x + 2, low))
     sheet.polygon(_star(x, y, 17), PAPER)
     sheet.polygon(_star(x, y, 14), colour)
     sheet.taken.append(_around(x, y, 12))
 
 
 def _label_budgets(sheet: _Sheet, axes: Axes, points: Sequence[FrontierPoint], colour: Colour) -> None:
-    """The budget beside each point, wherever there is room; none rather than one over another."""
+    """The budget beside each point: off the lines if there is room, over one if not, and never over anything else."""
     for point in points:
         if point.gamma is None:
             continue
         text = f"{point.gamma:g}"
-        x, y = axes.place(point)
-        half_width, half_height = typeface(14).getlength(text) / 2 + 2, 9
-        for across, down in _SPOTS:
-            middle_x, middle_y = x + across * (half_width + 10), y + down
-            box = (middle_x - half_width, middle_y - half_height, middle_x + half_width, middle_y + half_height)
-            if box[3] < HEIGHT - _BOTTOM and not any(_overlap(box, other) for other in sheet.taken):
-                sheet.text(middle_x, middle_y, text, colour, 14, "mm")
-                sheet.taken.append(box)
-                break
+        free = [box for box in _label_boxes(axes.place(point), text) if not _hits(box, sheet.taken)]
+        if free:
+            box = next((box for box in free if not _hits(box, sheet.crossed)), free[0])
+            sheet.text((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, text, colour, 14, "mm")
+            sheet.taken.append(box)
+
+
+def _label_boxes(place: tuple[float, float], text: str) -> list[Box]:
+    """Where a label may lie about its point, the best first; above the axis."""
+    half_width, half_height = typeface(14).getlength(text) / 2 + 2, 8
+    middles = [(place[0] + across * (half_width + 10), place[1] + down) for across, down in _SPOTS]
+    boxes = [(x - half_width, y - half_height, x + half_width, y + half_height) for x, y in middles]
+    return [box for box in boxes if box[3] < HEIGHT - _BOTTOM]
 
 
 def _draw_legend(sheet: _Sheet, curves: Sequence[Curve], colours: Sequence[Colour], quality: Quality) -> None:
@@ -246,5 +259,6 @@ def _around(x: float, y: float, radius: float) -> Box:
     return x - radius, y - radius, x + radius, y + radius
 
 
-def _overlap(one: Box, other: Box) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+def _hits(box: Box, others: Sequence[Box]) -> bool:
+    """Whether a box overlaps any of others."""
+    return any(box[0] < one[2] and one[0] < box[2] and box[1] < one[3] and one[1] < box[3] for one in others)

@@ -66,7 +66,7 @@ def _is_spread(name: str) -> bool:
 
 def _is_reward(name: str, prefix: str) -> bool:
     """A mean reward or one of its details; spreads, counts of groups and measures of texts have other scales."""
-    other = _is_spread(name) or name.endswith("_groups") or name.removeprefix(prefix) in _TEXT_MEASURES
+    other = _is_spread(name) or name.endswith("_groups") or name.removeprefix(prefix) in (*_TEXT_MEASURES, "failed")
     return name.startswith(prefix) and not other
 
 
@@ -88,7 +88,7 @@ _CHARTS = (
     _ChartRow("Policy ratio", lambda name: name.startswith("ratio/")),
     _ChartRow("Samples per second", lambda name: name == "throughput/samples_per_s", floor_zero=True),
     _ChartRow("Staleness (versions)", lambda name: name.startswith("staleness/"), floor_zero=True),
-    _ChartRow("Failures per step", lambda name: name.startswith("failed/"), floor_zero=True),
+    _ChartRow("Failures per step", lambda name: name.startswith("failed/") or name == "eval/failed", floor_zero=True),
 )
 
 
@@ -147,7 +147,7 @@ def _charts(rows: Sequence[MetricsRow]) -> tuple[list[_Chart], list[_Chart]]:
         chosen = {name: points for name, points in series.items() if row.shows(name)}
         shown |= set(chosen)
         if any(value for points in chosen.values() for _, value in points):
-            charts.append(_Chart(row.title, Markup(line_chart(_without_mix(chosen), row.floor_zero))))
+            charts.append(_Chart(row.title, Markup(line_chart(_without_echoes(chosen), row.floor_zero))))
     svg = stacked_chart(phases)
     if svg:
         charts.append(_Chart("Seconds per step, by phase", Markup(svg)))
@@ -165,14 +165,19 @@ def _series(rows: Sequence[MetricsRow]) -> dict[str, list[tuple[float, float]]]:
     return series
 
 
-def _without_mix(series: Series) -> Series:
-    """Without `x/mean` where it only repeats a single reward."""
-    for name, points in series.items():
+def _without_echoes(series: Series) -> Series:
+    """Without `x/mean` where it only repeats a single reward, and without cached calls where there are none."""
+    kept = {
+        name: points
+        for name, points in series.items()
+        if "cached_calls" not in name or any(value for _, value in points)
+    }
+    for name, points in kept.items():
         prefix, _, last = name.partition("/")
-        others = [other for other in series if other.startswith(f"{prefix}/") and other.count("/") == 1]
-        if last == "mean" and any(other != name and series[other] == points for other in others):
-            return {other: values for other, values in series.items() if other != name}
-    return series
+        others = [other for other in kept if other.startswith(f"{prefix}/") and other.count("/") == 1]
+        if last == "mean" and any(other != name and kept[other] == points for other in others):
+            return {other: values for other, values in kept.items() if other != name}
+    return kept
 
 
 def _outcomes(rows: Sequence[MetricsRow], summary: Mapping[str, Any]) -> list[dict[str, str]]:
