@@ -127,6 +127,22 @@ def test_on_policy_the_gradient_is_the_plain_policy_gradient(config_cls: type[D1
         assert other.abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("config_cls", [D1Config, CoupledGrpoConfig, SpgConfig])
+def test_means_over_tokens_count_those_up_to_the_end(config_cls: type[Any]) -> None:
+    policy = ToyTextPolicy()
+    groups = draw_text_groups(policy)
+    counts = [[num_counted(group, row) for row in range(4)] for group in groups]
+    assert [text_algorithm(config_cls(), policy).shares(group).tolist() for group in groups] == counts
+    assert len({count for some in counts for count in some}) > 1
+
+
+@pytest.mark.parametrize("config_cls", [UniGrpoConfig, Wd1Config, EspoConfig])
+def test_means_over_samples_count_each_once(config_cls: type[Any]) -> None:
+    policy = ToyTextPolicy()
+    for group in draw_text_groups(policy):
+        assert text_algorithm(config_cls(), policy).shares(group).tolist() == [1.0] * 4
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_unigrpo(level: str) -> None:
     moved = Moved(UniGrpoConfig.model_validate({"ratio": level}))
