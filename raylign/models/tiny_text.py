@@ -180,6 +180,8 @@ class TinyTextConfig(TextModelConfig):
     """A tiny text model directory and how it is trained."""
 
     type: Literal["tiny_text"] = "tiny_text"
+    path: str = "asset:text/tiny"
+    """Model directory; `asset:text/tiny` is the one that ships with Raylign."""
     canvas_length: int = Field(default=8, ge=1)
     """Response positions; at most the model's own."""
     max_prompt_length: int = Field(default=32, ge=1)
