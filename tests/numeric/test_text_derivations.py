@@ -143,6 +143,24 @@ def test_means_over_samples_count_each_once(config_cls: type[Any]) -> None:
         assert text_algorithm(config_cls(), policy).shares(group).tolist() == [1.0] * 4
 
 
+@pytest.mark.parametrize(
+    ("config_cls", "expected"),
+    [
+        # Rewards 1, 2, 6, 7 of mean 4: less the mean, less that of the other three, or over the deviation sqrt(6.5).
+        (D1Config, (-3.0, -2.0, 2.0, 3.0)),
+        (SpgConfig, (-3.0, -2.0, 2.0, 3.0)),
+        (CoupledGrpoConfig, (-4.0, -8 / 3, 8 / 3, 4.0)),
+        (EspoConfig, (-4.0, -8 / 3, 8 / 3, 4.0)),
+        (UniGrpoConfig, (-1.176651, -0.784434, 0.784434, 1.176651)),
+    ],
+)
+def test_default_advantages(config_cls: type[Any], expected: tuple[float, ...]) -> None:
+    policy = ToyTextPolicy()
+    groups = draw_text_groups(policy, num_groups=1, reward=lambda group, sibling: (1.0, 2.0, 6.0, 7.0)[sibling])
+    (credit,) = text_algorithm(config_cls(), policy).credit(groups)
+    assert credit.adv_G.tolist() == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_unigrpo(level: str) -> None:
     moved = Moved(UniGrpoConfig.model_validate({"ratio": level}))
