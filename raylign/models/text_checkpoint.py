@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _LAYERS = "layers."
+# Configuration, tokenizer, template and modelling code. Model cards and prompts describe the untrained model.
+_COPIED_SUFFIXES = frozenset({".jinja", ".json", ".model", ".py", ".txt"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +136,8 @@ def export_text(
 ) -> None:
     """Write trained tensors (named as `trainable_parameters` names them) as the family's own library reads them.
 
-    `directory` becomes a copy of the checkpoint with the same files and dtypes and the trained values; a LoRA run's
-    adapter also lies in `directory/adapter` in PEFT's layout, for the family's own modelling code. With `adapter_only`
+    `directory` becomes a copy of the checkpoint with the same shards and dtypes and the trained values; its model card
+    is left out. A LoRA run's adapter also lies in `directory/adapter` in PEFT's layout, for the family's own modelling code. With `adapter_only`
     the adapter is written to `directory` itself and nothing else is. The budget head is Raylign's and is left out.
     """
     from safetensors.torch import save_file
@@ -155,7 +157,7 @@ def export_text(
             shard[name] = value.detach().to("cpu", tensor.dtype).contiguous()
         save_file(shard, directory / file.name, metadata={"format": "pt"})
     for file in sorted(checkpoint.folder.iterdir()):
-        if file.is_file() and file not in checkpoint.shards:
+        if file.is_file() and (file.suffix in _COPIED_SUFFIXES or file.name.startswith("LICENSE")):
             shutil.copyfile(file, directory / file.name)
 
 

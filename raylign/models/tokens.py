@@ -65,6 +65,10 @@ def join_prompts(parts: Sequence[TokenPrompts]) -> TokenPrompts:
     )
 
 
+PROBED = slice(0, 16)
+"""The canvas positions whose logits a parity check compares: of a whole canvas they would be hundreds of megabytes."""
+
+
 class KvCache(Protocol):
     """Keys and values kept while one block of the canvas is filled. Made by `TokenPolicy.start_cache`."""
 
@@ -154,5 +158,5 @@ def response_mask(tokens_BL: torch.Tensor, eos_id: int) -> torch.Tensor:
 
 
 def finite_logits(prediction: TokenPrediction) -> torch.Tensor:
-    """Logits with 0 in place of -inf, (B, L, V): what a parity check compares."""
-    return torch.nan_to_num(prediction.logits_BLV, neginf=0.0)
+    """Logits with 0 in place of -inf, (B, L, V): what a parity check compares. NaN stays NaN."""
+    return torch.where(prediction.logits_BLV == -torch.inf, 0.0, prediction.logits_BLV)

@@ -157,10 +157,14 @@ def test_a_checkpoint_keeps_its_dtype_and_its_shards_when_exported(tmp_path: Pat
     shutil.copytree(llada_folder(), source)
     for file in source.glob("*.safetensors"):
         save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    for name in ("README.md", "LICENSE", "modeling_llada.py", "pytorch_model.bin"):
+        (source / name).write_text("as published")
     config = text_config(LladaConfig, "full", path=str(source))
     policy = load_policy(config, "learner")
     tensors = {name: p.detach() + 1 for name, p in policy.trainable_parameters().items()}
     export_policy(config, tensors, tmp_path / "out", False)  # type: ignore[arg-type]
+    left_out = {file.name for file in source.iterdir()} - {file.name for file in (tmp_path / "out").iterdir()}
+    assert left_out == {"README.md", "pytorch_model.bin"}
     before, after = (load_file(folder / LLADA_SHARD) for folder in (source, tmp_path / "out"))
     assert before.keys() == after.keys()
     for name, tensor in after.items():
