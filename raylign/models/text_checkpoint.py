@@ -137,8 +137,9 @@ def export_text(
     """Write trained tensors (named as `trainable_parameters` names them) as the family's own library reads them.
 
     `directory` becomes a copy of the checkpoint with the same shards and dtypes and the trained values; its model card
-    is left out. A LoRA run's adapter also lies in `directory/adapter` in PEFT's layout, for the family's own modelling code. With `adapter_only`
-    the adapter is written to `directory` itself and nothing else is. The budget head is Raylign's and is left out.
+    is left out. A LoRA run's adapter also lies in `directory/adapter` in PEFT's layout, for the family's own modelling
+    code. With `adapter_only` the adapter is written to `directory` itself and nothing else is. The budget head is
+    Raylign's and is left out.
     """
     from safetensors.torch import save_file
 
