@@ -175,7 +175,7 @@ def _full_size(build: Callable[..., BidirectionalNetwork], described: dict[str, 
 @pytest.mark.parametrize(
     ("text_format", "described", "published", "num_tensors", "num_bytes"),
     [
-        # num_bytes: `total_size` of LLaDA-8B's and of Qwen2.5-7B's index (whose geometry is Dream's), in bf16.
+        # num_bytes: in bf16; LLaDA-8B's is the `total_size` of its published index.
         # num_tensors: 3 + 32 * 9 and 3 + 28 * 12.
         (LLADA, LLADA_8B, llada_shapes(LLADA_8B), 291, 16_031_162_368),
         (DREAM, DREAM_7B, dream_shapes(DREAM_7B), 339, 15_231_233_024),
