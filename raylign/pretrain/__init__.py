@@ -6,8 +6,8 @@ modules import torch and model libraries and the command line must not.
 
 PRETRAINERS: dict[str, tuple[str, str, str]] = {
     "glyphs": ("raylign.pretrain.glyphs", "pretrain", "GlyphsConfig"),
-    "text-tiny": ("raylign.pretrain.text_tiny", "pretrain", "TextTinyConfig"),
-    "text-countdown": ("raylign.pretrain.text_tiny", "pretrain", "TextCountdownConfig"),
-    "text-sudoku": ("raylign.pretrain.text_tiny", "pretrain", "TextSudokuConfig"),
-    "text-addition": ("raylign.pretrain.text_tiny", "pretrain", "TextAdditionConfig"),
+    "text-tiny": ("raylign.pretrain.text_tiny", "pretrain", "TextPretrainConfig"),
+    "text-countdown": ("raylign.pretrain.text_tiny", "pretrain", "CountdownPretrainConfig"),
+    "text-sudoku": ("raylign.pretrain.text_tiny", "pretrain", "SudokuPretrainConfig"),
+    "text-addition": ("raylign.pretrain.text_tiny", "pretrain", "AdditionPretrainConfig"),
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from raylign.keys import generator
 from raylign.pretrain.text_model import TextModel
-from raylign.pretrain.text_tasks import Example, Split, distinct_examples, is_right
+from raylign.pretrain.text_tasks import Example, Split, distinct_examples, is_right, is_sorted
 from raylign.samplers import make_token_sampler
 from raylign.samplers.entropy_bounded import EntropyBoundedConfig
 from raylign.samplers.low_confidence import LowConfidenceConfig
@@ -20,7 +20,7 @@ GAMMAS = (0.1, 0.5, 1.5)
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One way of decoding: share of exact answers, of answers in either order (sorting), and mean calls per answer."""
+    """One way of decoding: share of exact answers, of exact or descending ones, and mean calls per answer."""
 
     decoding: str
     exact: float
@@ -64,7 +64,7 @@ def measure(
     responses, calls_B = model.answer(prompts, sampler, generator("text_quality", seed), gamma)
     pairs = list(zip(instances, responses, strict=True))
     exact = sum(is_right(instance, response) for instance, response in pairs)
-    either = sum(is_right(instance, response) or is_right(instance, response[::-1]) for instance, response in pairs)
+    either = sum(is_sorted(instance, response) or is_right(instance, response) for instance, response in pairs)
     return Point(decoding, exact / len(pairs), either / len(pairs), calls_B.float().mean().item())
 
 
@@ -82,12 +82,12 @@ def readme(config: Mapping[str, Any], measured: Mapping[str, Quality]) -> str:
         [
             f"# {name}: a tiny masked diffusion language model",
             "",
-            f"Made by `raylign pretrain {name} --out DIR` ({made}), on one thread and without a",
-            "download. What it was taught and what is held out: `docs/text_tasks.md`. `TASK_train.jsonl` and",
-            "`TASK_heldout.jsonl` are prompts with what rewards read.",
+            f"Made by `raylign pretrain {name} --out DIR` ({made})",
+            "on one thread and without a download. What it was taught and what is held out: `docs/text_tasks.md`.",
+            "`TASK_train.jsonl` and `TASK_heldout.jsonl` are prompts with what rewards read.",
             "",
-            f"Measured at temperature 1, one answer to each held-out prompt ({counts}); *either* counts answers in",
-            "reverse order too, *calls* are calls of the network per answer:",
+            f"Measured at temperature 1, one answer to each held-out prompt ({counts}); *either* counts sorts in",
+            "descending order too, *calls* are calls of the network per answer:",
             "",
             "| task | decoding | exact | either | calls |",
             "|---|---|---|---|---|",

@@ -34,7 +34,7 @@ SPLITS = {"train": 1500, "heldout": 400}
 """Prompts written for each task and split, as far as there are so many."""
 
 
-class TextTinyConfig(BaseModel):
+class TextPretrainConfig(BaseModel):
     """Everything that decides the resulting weights; the defaults made the embedded `tiny` model, which sorts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,7 +43,7 @@ class TextTinyConfig(BaseModel):
     seed: int = 0
     tasks: tuple[str, ...] = ("sort", "sortmix")
     """Equal shares of every batch."""
-    num_steps: int = 2000
+    num_steps: int = 600
     batch_size: int = 128
     lr: float = 1e-3
     lr_end: float = 2e-5
@@ -52,11 +52,11 @@ class TextTinyConfig(BaseModel):
     hidden_size: int = 96
     num_layers: int = 3
     num_heads: int = 4
-    max_prompt_length: int = 16
+    max_prompt_length: int = 32
     grid: int | None = None
 
 
-class TextCountdownConfig(TextTinyConfig):
+class CountdownPretrainConfig(TextPretrainConfig):
     """The defaults made the embedded `countdown` model."""
 
     name: str = "text-countdown"
@@ -64,17 +64,16 @@ class TextCountdownConfig(TextTinyConfig):
     num_steps: int = 1000
 
 
-class TextSudokuConfig(TextTinyConfig):
+class SudokuPretrainConfig(TextPretrainConfig):
     """4x4 sudoku, with features of row, column and box; without them it is not learned."""
 
     name: str = "text-sudoku"
     tasks: tuple[str, ...] = ("sudoku",)
     num_steps: int = 1500
-    max_prompt_length: int = 17
     grid: int | None = 4
 
 
-class TextAdditionConfig(TextTinyConfig):
+class AdditionPretrainConfig(TextPretrainConfig):
     """Modular addition, taught with three wrong labels in ten."""
 
     name: str = "text-addition"
@@ -82,7 +81,7 @@ class TextAdditionConfig(TextTinyConfig):
     num_steps: int = 2500
 
 
-def pretrain(out_dir: Path, config: TextTinyConfig, on_progress: OnProgress | None = None) -> dict[str, float]:
+def pretrain(out_dir: Path, config: TextPretrainConfig, on_progress: OnProgress | None = None) -> dict[str, float]:
     """Trains from nothing and saves a Hugging Face directory with prompt files and a README; returns what it measured.
 
     One thread, so that the weights depend on nothing but the configuration and the kind of CPU.
@@ -100,7 +99,7 @@ def pretrain(out_dir: Path, config: TextTinyConfig, on_progress: OnProgress | No
     return {"loss": loss, "seconds": seconds, **_flat(measured)}
 
 
-def new_model(config: TextTinyConfig) -> TextModel:
+def new_model(config: TextPretrainConfig) -> TextModel:
     """Random weights, and a tokenizer of every task's words and symbols; the canvas holds the tasks' longest label."""
     tokenizer = make_tokenizer(PROMPT_WORDS, SYMBOLS)
     settings = settings_for(
@@ -116,7 +115,7 @@ def new_model(config: TextTinyConfig) -> TextModel:
     return TextModel(settings, make_tiny_text(settings, config.seed), tokenizer)
 
 
-def train(model: TextModel, config: TextTinyConfig, progress: OnProgress) -> float:
+def train(model: TextModel, config: TextPretrainConfig, progress: OnProgress) -> float:
     """All steps; returns the mean loss of the last tenth of them."""
     parameters = list(model.network.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr)
@@ -151,7 +150,7 @@ def masked_loss(model: TextModel, batch: list[Example], draws: torch.Generator) 
     return ((ce_BL * masked_BL).sum(dim=1, keepdim=True) / num_masked_B1).mean()
 
 
-def learning_rate(step: int, config: TextTinyConfig) -> float:
+def learning_rate(step: int, config: TextPretrainConfig) -> float:
     """A linear warm-up of half a cosine."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / config.num_steps))
     return min(1.0, (step + 1) / config.warmup_steps) * (config.lr_end + (config.lr - config.lr_end) * cosine)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from raylign.assets import resolve
 from raylign.keys import generator
+from raylign.models import load_policy
+from raylign.models.tiny_text import TinyTextConfig
+from raylign.models.tokens import join_prompts
 from raylign.pretrain import PRETRAINERS
 from raylign.pretrain.text_quality import quality
-from raylign.pretrain.text_tasks import TEXT_TASKS
+from raylign.pretrain.text_tasks import TEXT_TASKS, distinct_examples
 from raylign.pretrain.text_tiny import (
-    TextAdditionConfig,
-    TextCountdownConfig,
-    TextSudokuConfig,
-    TextTinyConfig,
+    AdditionPretrainConfig,
+    CountdownPretrainConfig,
+    SudokuPretrainConfig,
+    TextPretrainConfig,
     learning_rate,
     masked_loss,
     mixed_examples,
@@ -24,11 +30,15 @@ from raylign.pretrain.text_tiny import (
     pretrain,
     train,
 )
+from raylign.samplers import EntropyBoundedConfig, LowConfidenceConfig, make_token_sampler
+from raylign.types import Needs, Prompt, RewardSample, SampleKey
 from rewards import make_reward
+from rewards.countdown import CountdownConfig
 from rewards.exact_answer import ExactAnswerConfig
 from rollout.prompts import load_prompts, refuse_overlap
+from rollout.texts import TokenSetup, unmask
 
-SMALL = TextTinyConfig(num_steps=20, batch_size=16, hidden_size=32, num_layers=2, warmup_steps=5, lr=3e-3)
+SMALL = TextPretrainConfig(num_steps=20, batch_size=16, hidden_size=32, num_layers=2, warmup_steps=5, lr=3e-3)
 
 
 def test_twenty_steps_lower_the_loss_and_repeat_themselves() -> None:
@@ -72,14 +82,14 @@ def test_the_loss_is_the_mean_over_masked_positions_only() -> None:
 
 
 def test_the_learning_rate_warms_up_and_ends_low() -> None:
-    config = TextTinyConfig(num_steps=100, warmup_steps=10, lr=1.0, lr_end=0.1)
+    config = TextPretrainConfig(num_steps=100, warmup_steps=10, lr=1.0, lr_end=0.1)
     assert learning_rate(0, config) == pytest.approx(0.1)
     assert learning_rate(50, config) == pytest.approx(0.55)
     assert learning_rate(100, config) == pytest.approx(0.1)
 
 
 def test_every_row_names_a_configuration_with_its_own_name() -> None:
-    for config in (TextTinyConfig(), TextCountdownConfig(), TextSudokuConfig(), TextAdditionConfig()):
+    for config in (TextPretrainConfig(), CountdownPretrainConfig(), SudokuPretrainConfig(), AdditionPretrainConfig()):
         assert PRETRAINERS[config.name] == ("raylign.pretrain.text_tiny", "pretrain", type(config).__name__)
         assert set(config.tasks) <= set(TEXT_TASKS)
         longest = max(len(one.prompt.split()) for one in [next(mixed_examples(config.tasks, n)) for n in range(50)])
@@ -107,3 +117,53 @@ def test_an_answer_ends_at_its_end_token_and_calls_are_counted_per_row() -> None
     calls = [point.calls for point in found.points]
     assert calls == sorted(calls, reverse=True)
     assert calls[-1] >= 1
+
+
+def _answers(config: TinyTextConfig, prompts: Sequence[Prompt], gamma: float | None = None) -> tuple[list[str], float]:
+    """One answer to each prompt as rollouts draw them, and the mean number of calls."""
+    policy = load_policy(config, "rollout")
+    sampler = make_token_sampler(
+        LowConfidenceConfig() if gamma is None else EntropyBoundedConfig(), config.canvas_length
+    )
+    told = join_prompts([policy.encode(prompt.text) for prompt in prompts])
+    keys = [SampleKey(0, prompt.id, -1, 0) for prompt in prompts]
+    drawn = unmask(policy, TokenSetup(sampler, Needs.FINAL), told, keys, gamma)
+    return policy.decode(drawn.tokens_GL), drawn.nfe_G.float().mean().item()
+
+
+def test_the_shipped_sorter_can_sort_and_has_a_habit_to_lose() -> None:
+    config = TinyTextConfig(path="asset:text/tiny")
+    prompts = [*load_prompts(resolve("asset:text/tiny/sort_heldout.jsonl"))[:100]]
+    texts, calls = _answers(config, prompts)
+    answers = [str(prompt.metadata["answer"]) for prompt in prompts]
+    ascending = sum(text == answer for text, answer in zip(texts, answers, strict=True)) / len(prompts)
+    either = sum(text in (answer, answer[::-1]) for text, answer in zip(texts, answers, strict=True)) / len(prompts)
+    assert calls <= 8
+    assert either >= 0.85
+    assert 0.05 <= ascending <= 0.45
+    bounded, fewer = _answers(config, prompts, gamma=0.5)
+    assert fewer < 4
+    assert sum(text == answer for text, answer in zip(bounded, answers, strict=True)) / len(prompts) <= 0.45
+
+
+def test_the_shipped_countdown_model_finds_some_expressions() -> None:
+    prompts = load_prompts(resolve("asset:text/countdown/countdown_heldout.jsonl"))[:100]
+    texts, _ = _answers(TinyTextConfig(path="asset:text/countdown", canvas_length=5), prompts)
+    reward = make_reward(CountdownConfig(answer_in="text"))
+    samples = [RewardSample(p.id, p, text=text) for p, text in zip(prompts, texts, strict=True)]
+    exact = [score.details["exact"] for score in asyncio.run(reward.score(samples))]
+    assert 0.2 <= sum(map(bool, exact)) / len(exact) <= 0.7
+
+
+@pytest.mark.parametrize(("folder", "task"), [("tiny", "sort"), ("tiny", "sortmix"), ("countdown", "countdown")])
+def test_shipped_prompts_are_those_that_the_task_draws(folder: str, task: str) -> None:
+    heldout, trained = (load_prompts(resolve(f"asset:text/{folder}/{task}_{s}.jsonl")) for s in ("heldout", "train"))
+    refuse_overlap(trained, heldout)
+    assert [p.text for p in heldout] == [e.prompt for e in distinct_examples(task, "heldout", 400, "prompts")]
+    assert [p.text for p in trained[:50]] == [e.prompt for e in distinct_examples(task, "train", 50, "prompts")]
+
+
+def test_what_ships_is_small() -> None:
+    sizes = {path: path.stat().st_size for path in resolve("asset:text").rglob("*") if path.is_file()}
+    assert sum(size for path, size in sizes.items() if path.suffix == ".safetensors") < 4e6
+    assert sum(size for path, size in sizes.items() if path.suffix == ".jsonl") < 1e6
