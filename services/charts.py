@@ -16,6 +16,10 @@ Points = Sequence[tuple[float, float]]
 PALETTE = ("#3b6fd4", "#d9772b", "#2a9d6f", "#b5476f", "#7a5cc2", "#8a8f3c", "#4aa3b8", "#8d6e63")
 _WIDTH, _HEIGHT = 560, 216
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 24
+_EQUAL = 1e-9
+"""Values that differ by less than this share of their size are drawn as equal."""
+_TINY = 1e-10
+"""Smaller values are drawn as zero."""
 _MAX_POINTS = 400
 _MAX_MARKED = 40
 
@@ -76,9 +80,11 @@ class _Frame:
     def __init__(self, x_low: float, x_high: float, y_low: float, y_high: float) -> None:
         if x_high == x_low:
             x_low, x_high = x_low - 0.5, x_high + 0.5
-        if y_high == y_low:
-            pad = abs(y_high) * 0.1 or 0.5
-            y_low, y_high = (0.0, y_high + pad) if y_low == 0 else (y_low - pad, y_high + pad)
+        size = max(abs(y_low), abs(y_high))
+        if size < _TINY:
+            y_low, y_high = 0.0, 0.5
+        elif y_high - y_low <= _EQUAL * size:
+            y_low, y_high = y_low - size * 0.1, y_high + size * 0.1
         self.x_ticks = [tick for tick in ticks(x_low, x_high, 6) if x_low <= tick <= x_high and tick == int(tick)]
         self.y_ticks = ticks(y_low, y_high, 4)
         self._x_low, self._x_span = x_low, x_high - x_low

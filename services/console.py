@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -26,6 +26,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from services.headlines import direction, headline_means
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -34,10 +36,6 @@ _SPARKLINE_WIDTH = 32
 _NAME_WIDTH = 34
 # Sums over the phases, which are shown one by one.
 _TOTALS = ("time/step_s", "time/since_start_s")
-_MEASURES = ("mean", "diversity", "nfe", "cached_calls", "gamma", "characters")
-"""Held-out means that are no reward: calls of the network (NFE), entropy budget and length of texts among them."""
-_FEWER_IS_BETTER = ("nfe", "failed")
-_NEITHER_IS_BETTER = ("cached_calls", "gamma", "characters")
 _STYLES = {"better": "green", "worse": "red", "": ""}
 # The words of plain output are ASCII, whatever the encoding of the log that they land in.
 _PLAIN = str.maketrans(
@@ -302,27 +300,6 @@ class RunConsole:
         if staleness:
             pieces.append(f"staleness {staleness:g}")
         return Text(" · ".join(pieces), "yellow")
-
-
-def headline_means(means: Mapping[str, float]) -> dict[str, float]:
-    """The held-out means worth a line: each reward and its details, diversity, and the mix if rewards are mixed.
-
-    Of texts also the calls of the network and the entropy budget.
-    """
-    hidden = ("std_within_group", "characters")
-    unless_some = ("failed", "cached_calls")
-    shown = {name: value for name, value in means.items() if name not in hidden and (name not in unless_some or value)}
-    rewards = [name for name in shown if "/" not in name and name not in (*_MEASURES, "failed")]
-    if len(rewards) == 1:
-        shown.pop("mean", None)
-    return shown
-
-
-def direction(name: str, first: float | None, last: float | None) -> Literal["better", "worse", ""]:
-    """Whether a mean changed for the better: more of a reward, fewer calls; "" where neither can be said."""
-    if first is None or last is None or first == last or name in _NEITHER_IS_BETTER:
-        return ""
-    return "better" if (last < first) == (name in _FEWER_IS_BETTER) else "worse"
 
 
 def sparkline(values: Sequence[float], width: int = _SPARKLINE_WIDTH) -> str:

@@ -26,6 +26,7 @@ from raylign.types import Rollout, RolloutGroup
 
 Quality = Literal["exact", "reward"]
 
+_LOG_OF_ZERO = -80.0
 LEVEL_KEYS = ("difficulty", "level", "length", "num_digits")
 """Where a prompt's metadata may say how hard it is; the first that is there counts."""
 
@@ -73,6 +74,11 @@ def exact_of(rollout: Rollout) -> bool | None:
     scores = rollout.reward.scores if rollout.reward is not None else ()
     found = [score.details["exact"] for score in scores if score.value is not None and "exact" in score.details]
     return bool(found[0]) if found else None
+
+
+def budget_of(log_gamma: float) -> float:
+    """The budget of a recorded logarithm; that of budget 0 is the least normal number's."""
+    return 0.0 if log_gamma < _LOG_OF_ZERO else math.exp(log_gamma)
 
 
 def measure(groups: Sequence[RolloutGroup], quality: Quality, gamma: float | None = None) -> FrontierPoint | None:
@@ -193,7 +199,7 @@ def _measure(groups: Sequence[RolloutGroup], quality: Quality, gamma: float | No
         means.append(statistics.fmean(value for _, value in scored))
         calls.append(statistics.fmean(float(tokens.nfe_G[place]) for place, _ in scored))
         if tokens.log_gamma_G is not None:
-            budgets.append(statistics.fmean(math.exp(float(tokens.log_gamma_G[place])) for place, _ in scored))
+            budgets.append(statistics.fmean(budget_of(float(tokens.log_gamma_G[place])) for place, _ in scored))
     if not means:
         return None
     error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None

@@ -10,9 +10,10 @@ import numpy as np
 
 from raylign.metrics import MetricsSink
 from raylign.types import Rollout, RolloutGroup
-from services.console import RunConsole, headline_means
+from services.console import RunConsole
 from services.frontier import FrontierPoint, FrontierSeries, frontier_json, measure, quality_of, read_frontier
 from services.frontier_picture import Curve, draw_frontier
+from services.headlines import headline_means
 from services.pictures import BeforeAfterRow, Caption, before_after, grid, save_png
 from services.run_dir import RunDir, write_atomic
 from services.step_metrics import eval_metrics

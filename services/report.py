@@ -27,7 +27,8 @@ from PIL import Image
 from raylign.errors import RunDirError
 from raylign.metrics import MetricsRow, read_metrics
 from services.charts import Points, line_chart, stacked_chart
-from services.console import direction, duration, headline_means
+from services.console import duration
+from services.headlines import direction, headline_means
 from services.run_dir import RunDir, write_atomic
 
 _TEMPLATES = Path(__file__).parent / "templates"

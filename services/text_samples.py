@@ -8,7 +8,6 @@ samples/before_after.json   the first and the newest evaluation by prompt; the r
 from __future__ import annotations
 
 import json
-import math
 import textwrap
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from raylign.types import Rollout, RolloutGroup
-from services.frontier import exact_of
+from services.frontier import budget_of, exact_of
 
 GOOD_REWARD = 0.99
 """Where no reward tells whether a text is exactly right, it is good from here on."""
@@ -110,7 +109,7 @@ def before_after_json(first: Mapping[str, Any], step: int, prompts: Sequence[Sho
 def _answer(group: RolloutGroup, place: int) -> ShownAnswer:
     tokens, rollout = group.tokens, group.rollouts[place]
     texts = group.texts or ()
-    gamma = None if tokens.log_gamma_G is None else math.exp(float(tokens.log_gamma_G[place]))
+    gamma = None if tokens.log_gamma_G is None else budget_of(float(tokens.log_gamma_G[place]))
     return ShownAnswer(printable(texts[place]), rollout.total, _is_good(rollout), int(tokens.nfe_G[place]), gamma)
 
 

@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from raylign.errors import RewardError
-from services.console import RunConsole, ascii_picture, direction, duration, headline_means, sparkline
+from services.console import RunConsole, ascii_picture, duration, sparkline
+from services.headlines import direction, headline_means
 
 SUMMARY: Mapping[str, Any] = {
     "status": "finished",

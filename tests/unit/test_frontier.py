@@ -16,6 +16,7 @@ from services.frontier import (
     FrontierPoint,
     FrontierSeries,
     accuracy_at,
+    budget_of,
     frontier_json,
     level_of,
     mean_point,
@@ -79,6 +80,15 @@ def test_an_operating_point_has_the_mean_of_its_budgets_and_none_without_any() -
     assert bare is not None
     assert own.gamma == pytest.approx(0.2)
     assert bare.gamma is None
+
+
+def test_a_budget_of_zero_reads_as_zero() -> None:
+    tiny = torch.finfo(torch.float32).tiny
+    group = answer_group("a", ["x"], rewards=[1.0], exact=[True], calls=[3], log_gamma=[math.log(tiny)])
+    own = measure([group], "exact")
+    assert own is not None
+    assert own.gamma == 0.0
+    assert budget_of(math.log(0.005)) == pytest.approx(0.005)
 
 
 def test_prompts_that_tell_how_hard_they_are_are_also_measured_apart() -> None:
