@@ -94,6 +94,9 @@ class Rows:
     def evaluated(self, step: int, groups: Sequence[Any]) -> None:
         """Nothing is evaluated here."""
 
+    def swept(self, step: int, sweeps: Mapping[float, Any]) -> None:
+        """Pictures have no budgets to sweep."""
+
 
 def measure_one(entry: Mapping[str, Any], folder: Path, num_steps: int) -> dict[str, Any]:
     """Run one configuration in this process and summarise its epochs but the warm-up."""

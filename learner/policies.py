@@ -110,14 +110,19 @@ class PolicySet:
             return self.velocity(state_NCHW, sigma_N, conditioning, guidance_scale)
 
     def predict_tokens(
-        self, canvas_NL: torch.Tensor, prompts: TokenPrompts, relative: Relative | None = None
+        self,
+        canvas_NL: torch.Tensor,
+        prompts: TokenPrompts,
+        relative: Relative | None = None,
+        span: slice | None = None,
     ) -> TokenPrediction:
-        """The logits of a canvas: the current policy's, with gradient where the caller records one, or a relative's.
+        """The logits of a canvas or a span of it: the current policy's, with gradient where one is recorded, or a
+        relative's.
 
         Ask relatives before the current policy: its graph reads the parameters.
         """
         if relative is not None:
             with using(self.policy, self.relatives[relative]):
-                return self.predict_tokens(canvas_NL, prompts)
+                return self.predict_tokens(canvas_NL, prompts, span=span)
         with autocast(self.precision, self.policy.device):
-            return self.policy.predict(canvas_NL, prompts)
+            return self.policy.predict(canvas_NL, prompts, span)

@@ -17,7 +17,15 @@ import torch
 
 from raylign.errors import ConfigError
 from raylign.keys import generator, sample_generators
-from raylign.models.tokens import KvCache, TokenPolicy, TokenPrediction, TokenPrompts, join_prompts
+from raylign.models.tokens import (
+    PROBED,
+    KvCache,
+    TokenPolicy,
+    TokenPrediction,
+    TokenPrompts,
+    finite_logits,
+    join_prompts,
+)
 from raylign.samplers import Candidates, TokenSampler, TokenTransition
 from raylign.samplers.entropy_bounded import EntropyBoundedConfig, draw_budgets
 from raylign.samplers.tokens import guided_logits
@@ -78,11 +86,8 @@ class TextDenoiser:
             canvases.append(canvas_L)
         state = torch.stack(canvases)
         prompts = self._encode(text).repeat(len(counts))
-        logits_BLV = policy.predict(state.to(policy.device), prompts.to(policy.device)).logits_BLV.float().cpu()
-        # Only the mask's -inf becomes a number: what is not finite for another reason must stay visible.
-        logits_BLV[..., vocabulary.mask_id] = torch.nan_to_num(logits_BLV[..., vocabulary.mask_id], neginf=0.0)
-        sigma_B = torch.tensor(counts) / length
-        return Probe(version, state, sigma_B, prompts.to(torch.device("cpu")), logits_BLV)
+        answer = finite_logits(policy.predict(state.to(policy.device), prompts.to(policy.device), PROBED)).float().cpu()
+        return Probe(version, state, torch.tensor(counts) / length, prompts.to(torch.device("cpu")), answer)
 
 
 def unmask(

@@ -36,7 +36,9 @@ def build_learner(config: RunConfig, ranks: RankGroup) -> Learner:
     """One learner rank with the run's algorithm. Loads the trained network only."""
     torch.set_num_threads(config.learner.num_threads)
     device = "cuda" if config.learner.num_gpus_per_rank > 0 else "cpu"
-    policy = load_policy(config.model, "learner", device, "fp32", False, adapter_seed(config))
+    # What an adapter is added to is frozen and may be small; what is trained stays fp32.
+    precision = config.learner.precision if config.model.tuning == "lora" else "fp32"
+    policy = load_policy(config.model, "learner", device, precision, False, adapter_seed(config))
     return Learner(
         config.learner,
         config.algorithm,

@@ -96,10 +96,12 @@ class FakeFleet:
     def __init__(self, seed: int = 0) -> None:
         self.version = -1
         self.num_chunks = 0
+        self.requests: list[ChunkRequest] = []
         self._chance = random.Random(seed)
 
     async def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
         self.num_chunks += 1
+        self.requests.append(request)
         version = self.version
         assert version >= 0, "asked to generate before any weights were pulled"
         for _ in range(self._chance.randrange(30)):

@@ -158,5 +158,9 @@ def response_mask(tokens_BL: torch.Tensor, eos_id: int) -> torch.Tensor:
 
 
 def finite_logits(prediction: TokenPrediction) -> torch.Tensor:
-    """Logits with 0 in place of -inf, (B, L, V): what a parity check compares. NaN stays NaN."""
-    return torch.where(prediction.logits_BLV == -torch.inf, 0.0, prediction.logits_BLV)
+    """Logits with 0 for tokens that are -inf everywhere, as the mask is, (B, L, V): what a parity check compares.
+
+    Any other number that is not finite stays as it is.
+    """
+    never_V = (prediction.logits_BLV == -torch.inf).flatten(0, 1).all(dim=0)
+    return torch.where(never_V, 0.0, prediction.logits_BLV)

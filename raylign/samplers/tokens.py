@@ -141,7 +141,7 @@ class TokenSampler(Protocol):
     """A rule bound to a canvas. Adding one: `samplers/__init__.py` holds the table."""
 
     modality: ClassVar[Literal["text"]]
-    stochastic: ClassVar[bool]
+    stochastic: bool
     """Whether draws have a log-prob; always, for text."""
     draws_order: bool
     """Whether the rule itself draws: `Candidates.order_BL` is there."""

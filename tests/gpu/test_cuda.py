@@ -33,13 +33,13 @@ def _engine(device: str, precision: str) -> RolloutEngine:
 def test_a_gpu_actor_agrees_with_the_cpu(precision: str, tolerance: float) -> None:
     probe = _engine("cuda", precision).probe("one cat")
     reference = _engine("cpu", "fp32").probe("one cat")
-    assert torch.equal(probe.state_BCHW, reference.state_BCHW), "noise is drawn by key on the CPU, the same everywhere"
-    assert parity_gap(probe, reference.velocity_BCHW, tolerance) <= tolerance
+    assert torch.equal(probe.state, reference.state), "noise is drawn by key on the CPU, the same everywhere"
+    assert parity_gap(probe, reference.answer, tolerance) <= tolerance
 
 
 def test_log_probs_are_fp32_and_finite_under_bf16() -> None:
     (group,) = _engine("cuda", "bf16").generate(ChunkRequest((GroupTask(Prompt("p", "one cat"), 0, 0),), (0, 1)))
-    logprobs = group.trajectory.rollout_logprob_GS
+    logprobs = group.latents.rollout_logprob_GS
     assert logprobs is not None
     assert logprobs.dtype == torch.float32
     assert torch.isfinite(logprobs).all()
@@ -48,6 +48,7 @@ def test_log_probs_are_fp32_and_finite_under_bf16() -> None:
 def test_the_same_key_gives_the_same_sample_twice_on_the_gpu() -> None:
     engine = _engine("cuda", "bf16")
     setup = engine._setups["rollout"]
+    assert isinstance(setup, SamplerSetup)
     keys = [SampleKey(0, "p", 0, n) for n in range(3)]
     with torch.no_grad():
         conditioning = engine.policy.encode("one cat", with_negative=False).repeat(3)

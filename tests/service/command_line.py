@@ -32,7 +32,7 @@ lora = {{ rank = 2, alpha = 4 }}
 max_sequence_length = 4
 [prompts]
 train = "{prompts}"
-heldout = "{prompts}"
+heldout = "{heldout}"
 [sampler]
 type = "flow_sde"
 num_steps = 3
@@ -51,10 +51,57 @@ num_prompts = 2
 
 def write_config(folder: Path, num_steps: int = 6, tuning: str = "full") -> Path:
     """A run of seconds: a random SD3 of two layers, Flow-GRPO, JPEG reward."""
-    prompts = folder / "prompts.txt"
-    prompts.write_text("".join(f'a sign that says "{word}"\n' for word in ("ONE", "TWO", "SIX", "TEN", "CAT", "DOG")))
+    files = {"prompts": ("ONE", "TWO", "SIX", "TEN", "CAT", "DOG"), "heldout": ("OWL", "BEE")}
+    for name, words in files.items():
+        (folder / f"{name}.txt").write_text("".join(f'a sign that says "{word}"\n' for word in words))
+    paths = {name: folder / f"{name}.txt" for name in files}
     config = folder / "tiny.toml"
-    config.write_text(TINY_RUN.format(num_steps=num_steps, model=sd3_folder(), prompts=prompts, tuning=tuning))
+    config.write_text(TINY_RUN.format(num_steps=num_steps, model=sd3_folder(), tuning=tuning, **paths))
+    return config
+
+
+TEXT_RUN = """
+num_steps = {num_steps}
+group_size = 4
+groups_per_step = 4
+[model]
+type = "tiny_text"
+path = "{model}"
+tuning = "full"
+budget_head = true
+canvas_length = 8
+max_prompt_length = 16
+[prompts]
+train = "{prompts}"
+heldout = "{heldout}"
+[sampler]
+type = "entropy_bounded"
+budget = "learned"
+gamma = 0.3
+[algorithm]
+type = "diffpo"
+[[rewards]]
+type = "exact_answer"
+mode = "share"
+[rollout]
+chunk_size = 8
+[learner]
+epochs_per_step = 2
+[checkpoint]
+every_steps = 2
+[eval]
+every_steps = 1000
+num_prompts = 4
+gammas = [0.1, 1.0]
+"""
+
+
+def write_text_config(folder: Path, num_steps: int = 6) -> Path:
+    """A run of seconds: the embedded text model sorts digits, DiffPO with a learned budget."""
+    assets = ROOT / "raylign" / "assets" / "text"
+    config = folder / "text.toml"
+    files = {"model": "asset:text/tiny", "prompts": assets / "tiny/sort_train.jsonl"}
+    config.write_text(TEXT_RUN.format(num_steps=num_steps, heldout=assets / "tiny/sort_heldout.jsonl", **files))
     return config
 
 

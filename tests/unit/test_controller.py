@@ -25,12 +25,16 @@ class Recorder:
     def __init__(self) -> None:
         self.steps: list[tuple[int, dict[str, float]]] = []
         self.evaluations: list[int] = []
+        self.sweeps: list[tuple[int, dict[float, int]]] = []
 
     def stepped(self, step: int, metrics: Mapping[str, float], groups: Sequence[RolloutGroup]) -> None:
         self.steps.append((step, dict(metrics)))
 
     def evaluated(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         self.evaluations.append(step)
+
+    def swept(self, step: int, sweeps: Mapping[float, Sequence[RolloutGroup]]) -> None:
+        self.sweeps.append((step, {gamma: len(groups) for gamma, groups in sweeps.items()}))
 
 
 class Run:
@@ -258,3 +262,20 @@ def test_held_out_failures_stop_the_run_like_others() -> None:
     run = Run(FakeScorer(lambda sample: None if sample.id.split("/")[1] == "-1" else 1.0))
     with pytest.raises(RewardError, match="evaluation at step 0: 2 of 2 samples"):
         run.go()
+
+
+def test_the_first_and_the_last_evaluation_are_repeated_at_each_budget() -> None:
+    text = {
+        "model": {"type": "tiny_text"},
+        "sampler": {"type": "entropy_bounded"},
+        "algorithm": {"type": "d1"},
+        "eval": {"every_steps": 2, "gammas": [0.1, 1.0]},
+    }
+    run = Run(num_steps=4, settings=text).go()
+    assert run.recorder.evaluations == [0, 2, 4]
+    assert run.recorder.sweeps == [(0, {0.1: 1, 1.0: 1}), (4, {0.1: 1, 1.0: 1})]
+    assert [request.gamma for request in run.fleet.requests if request.slot == "eval"] == [
+        *(None, 0.1, 1.0),
+        *(None,),
+        *(None, 0.1, 1.0),
+    ]

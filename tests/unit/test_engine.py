@@ -37,20 +37,20 @@ def _engine(run_seed: int = 0, guidance_scale: float = 1.0) -> RolloutEngine:
 def test_a_sample_is_the_same_alone_and_among_others() -> None:
     together = _engine().generate(ChunkRequest((ONE, TWO), (0, 1, 2)))[1]
     alone = _engine().generate(ChunkRequest((TWO,), (1,)))[0]
-    assert torch.equal(together.trajectory.final_GCHW[1], alone.trajectory.final_GCHW[0])
+    assert torch.equal(together.latents.final_GCHW[1], alone.latents.final_GCHW[0])
     assert together.rollouts[1].key == alone.rollouts[0].key
     other_seed = _engine(run_seed=1).generate(ChunkRequest((TWO,), (1,)))[0]
-    assert not torch.equal(alone.trajectory.final_GCHW, other_seed.trajectory.final_GCHW)
+    assert not torch.equal(alone.latents.final_GCHW, other_seed.latents.final_GCHW)
 
 
 def test_what_the_algorithm_needs_is_recorded_and_scores_as_it_was_sampled() -> None:
     engine = _engine()
     (group,) = engine.generate(ChunkRequest((ONE,), (0, 1)))
-    states, logprobs = group.trajectory.states_GS1CHW, group.trajectory.rollout_logprob_GS
+    states, logprobs = group.latents.states_GS1CHW, group.latents.rollout_logprob_GS
     assert states is not None
     assert logprobs is not None
     assert states.shape == (2, 5, 1, 2, 3)
-    assert torch.equal(states[:, -1], group.trajectory.final_GCHW)
+    assert torch.equal(states[:, -1], group.latents.final_GCHW)
     sampler = make_sampler(FlowSdeConfig(num_steps=4), 1.0)
     conditioning = group.conditioning.repeat(2)
     for step in range(4):
@@ -61,9 +61,9 @@ def test_what_the_algorithm_needs_is_recorded_and_scores_as_it_was_sampled() -> 
 
 def test_evaluation_has_its_own_sampler_and_records_only_the_end() -> None:
     (group,) = _engine().generate(ChunkRequest((ONE,), (0,), "eval"))
-    assert group.trajectory.states_GS1CHW is None
-    assert group.trajectory.rollout_logprob_GS is None
-    assert len(group.trajectory.sigmas_S1) == 4
+    assert group.latents.states_GS1CHW is None
+    assert group.latents.rollout_logprob_GS is None
+    assert len(group.latents.sigmas_S1) == 4
 
 
 def test_a_state_that_is_not_finite_fails_its_sample_only() -> None:
@@ -84,7 +84,7 @@ def test_a_state_that_is_not_finite_fails_its_sample_only() -> None:
         RolloutStatus.GENERATION_FAILED,
         RolloutStatus.OK,
     ]
-    assert torch.isfinite(group.trajectory.final_GCHW[[0, 2]]).all()
+    assert torch.isfinite(group.latents.final_GCHW[[0, 2]]).all()
 
 
 def test_prompts_are_encoded_once() -> None:
@@ -102,11 +102,11 @@ def test_versions_are_recorded_and_weights_swap_between_batches() -> None:
     engine.pull(engine.policy.export_weights(8))
     after = engine.generate(ChunkRequest((ONE,), (0,)))[0]
     assert (before.min_version, after.min_version) == (7, 8)
-    assert not torch.equal(before.trajectory.final_GCHW, after.trajectory.final_GCHW)
+    assert not torch.equal(before.latents.final_GCHW, after.latents.final_GCHW)
     # The evaluation slot still holds version 7 and gives way to the rollout slot again.
     assert engine.generate(ChunkRequest((ONE,), (0,), "eval"))[0].min_version == 7
     again = engine.generate(ChunkRequest((ONE,), (0,)))[0]
-    assert torch.equal(again.trajectory.final_GCHW, after.trajectory.final_GCHW)
+    assert torch.equal(again.latents.final_GCHW, after.latents.final_GCHW)
 
 
 def test_a_torn_snapshot_is_refused_and_the_old_weights_stay() -> None:
@@ -119,7 +119,7 @@ def test_a_torn_snapshot_is_refused_and_the_old_weights_stay() -> None:
         engine.pull(replace(good, arrays={"float32": array}))
     after = engine.generate(ChunkRequest((ONE,), (0,)))[0]
     assert after.min_version == 7
-    assert torch.equal(before.trajectory.final_GCHW, after.trajectory.final_GCHW)
+    assert torch.equal(before.latents.final_GCHW, after.latents.final_GCHW)
 
 
 def test_generating_before_any_pull_is_an_error() -> None:
@@ -136,8 +136,8 @@ def test_guidance_extrapolates_from_the_unconditional_velocity() -> None:
     engine = _engine()
     triple = GroupTask(Prompt("2", TWO.prompt.text * 3), 0, 1)
     expected = engine.generate(ChunkRequest((triple,), (0,)))[0]
-    assert torch.allclose(guided.trajectory.final_GCHW, expected.trajectory.final_GCHW, atol=1e-5)
-    assert not torch.allclose(guided.trajectory.final_GCHW, plain.trajectory.final_GCHW, atol=1e-2)
+    assert torch.allclose(guided.latents.final_GCHW, expected.latents.final_GCHW, atol=1e-5)
+    assert not torch.allclose(guided.latents.final_GCHW, plain.latents.final_GCHW, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_parts_join_into_the_group_they_were_cut_from() -> None:
     parts = [engine.generate(request)[0] for request in chunk_requests([ONE], 4, 2)]
     joined = join_parts(parts)
     assert [r.key for r in joined.rollouts] == [r.key for r in whole.rollouts]
-    assert torch.equal(joined.trajectory.final_GCHW, whole.trajectory.final_GCHW)
+    assert torch.equal(joined.latents.final_GCHW, whole.latents.final_GCHW)
     assert joined.images_GHWC is not None
     assert whole.images_GHWC is not None
     assert np.array_equal(joined.images_GHWC, whole.images_GHWC)
