@@ -19,15 +19,17 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from raylign.errors import RunDirError
 from raylign.types import Rollout, RolloutGroup
 
 Quality = Literal["exact", "reward"]
 
+MAX_LEVELS = 12
+"""With more, hardly a prompt would be left for each, so none are told apart."""
 _LOG_OF_ZERO = -80.0
-LEVEL_KEYS = ("difficulty", "level", "length", "num_digits")
+LEVEL_KEYS = ("difficulty", "level", "length", "num_digits", "numbers")
 """Where a prompt's metadata may say how hard it is; the first that is there counts."""
 
 
@@ -90,6 +92,8 @@ def measure(groups: Sequence[RolloutGroup], quality: Quality, gamma: float | Non
     for group in groups:
         by_level.setdefault(level_of(group.prompt.metadata), []).append(group)
     by_level.pop("", None)
+    if len(by_level) > MAX_LEVELS:
+        by_level = {}
     levels = {level: _measure(some, quality, gamma) for level, some in sorted(by_level.items(), key=_level_order)}
     return FrontierPoint(
         point.gamma,
@@ -102,10 +106,14 @@ def measure(groups: Sequence[RolloutGroup], quality: Quality, gamma: float | Non
 
 
 def level_of(metadata: Mapping[str, Any]) -> str:
-    """How hard a prompt is, such as "length 5"; "" if it does not tell."""
+    """How hard a prompt is, such as "length 5" or, of a list, how many it names; "" if it does not tell."""
     for key in LEVEL_KEYS:
-        if isinstance(metadata.get(key), str | int | float):
-            return f"{key.replace('_', ' ')} {metadata[key]}"
+        value = metadata.get(key)
+        if isinstance(value, list | tuple):
+            value = len(cast("Sequence[Any]", value))
+        if isinstance(value, str | int | float):
+            named = str(value).lower().startswith(key)
+            return str(value) if named else f"{key.replace('_', ' ')} {value}"
     return ""
 
 

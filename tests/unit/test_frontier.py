@@ -102,7 +102,33 @@ def test_prompts_that_tell_how_hard_they_are_are_also_measured_apart() -> None:
     assert list(point.levels) == ["num digits 3", "num digits 12"], "by number, not by letter"
     assert [(one.accuracy, one.nfe) for one in point.levels.values()] == [(1.0, 2.0), (0.0, 8.0)]
     assert level_of({"difficulty": "hard", "length": 3}) == "difficulty hard"
-    assert level_of({"numbers": [1, 2]}) == ""
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"numbers": [3, 5, 7], "target": 15}, "numbers 3"),
+        ({"level": "Level 4"}, "Level 4"),
+        ({"difficulty": 0.5, "level": "Level 4"}, "difficulty 0.5"),
+        ({"difficulty": None, "length": 9}, "length 9"),
+        ({"answer": "1"}, ""),
+    ],
+)
+def test_prompts_tell_how_hard_they_are_in_several_ways(metadata: dict, expected: str) -> None:
+    assert level_of(metadata) == expected
+
+
+def test_too_many_levels_are_not_told_apart() -> None:
+    def points(count: int) -> int:
+        groups = [
+            answer_group(str(n), ["x"], rewards=[1.0], exact=[True], calls=[2], metadata={"length": n})
+            for n in range(count)
+        ]
+        point = measure(groups, "exact")
+        assert point is not None
+        return len(point.levels)
+
+    assert (points(12), points(13)) == (12, 0)
 
 
 def test_the_front_holds_what_no_other_point_beats() -> None:
