@@ -99,7 +99,7 @@ def ablate(
             return code
         page = write_ablation(jobs, out)
     for sentence in in_words(*read_results(jobs)):
-        say(sentence)
+        say(sentence.replace("±", "+/-"))  # a log may be ASCII
     say(f"Report: {page or write_ablation(jobs, out)}")
     return EXIT_OK
 
