@@ -65,11 +65,11 @@ class CountdownPretrainConfig(TextPretrainConfig):
 
 
 class SudokuPretrainConfig(TextPretrainConfig):
-    """4x4 sudoku, with features of row, column and box; without them it is not learned."""
+    """4x4 sudoku with features of row, column and box: half learned, as a base; 400 steps solve nearly all of them."""
 
     name: str = "text-sudoku"
     tasks: tuple[str, ...] = ("sudoku",)
-    num_steps: int = 1500
+    num_steps: int = 170
     grid: int | None = 4
 
 
