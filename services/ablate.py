@@ -32,6 +32,7 @@ from services.ablation import (
     levels,
     matched_calls,
     own_points,
+    share,
     signed,
 )
 from services.config import RunConfig, load_run_config
@@ -177,10 +178,8 @@ def write_ablation(jobs: Sequence[Job], out: Path) -> Path:
         differences=[
             {
                 "against": TITLES.get(one.against, one.against),
-                "mean": _estimate(one.mean, quality, as_difference=True),
-                "by_seed": ", ".join(
-                    f"seed {seed}: {signed(value.value, quality)}" for seed, value in one.by_seed.items()
-                ),
+                "mean": signed(one.mean, quality),
+                "by_seed": ", ".join(f"seed {seed}: {signed(value, quality)}" for seed, value in one.by_seed.items()),
                 "unreached": one.unreached,
             }
             for one in differences(results)
@@ -193,7 +192,7 @@ def write_ablation(jobs: Sequence[Job], out: Path) -> Path:
         level_variants=[variant for variant in TITLES if own_points(results, variant)],
         levels=levels(results),
         titles=TITLES,
-        share=lambda value: _share(value, quality),
+        share=lambda value: share(value, quality),
         runs=[(job.path.name, "finished" if is_finished(job.path) else "not finished") for job in jobs],
         out=out.resolve(),
         written=time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -238,8 +237,8 @@ def _variant_rows(results: Sequence[SeedResult], quality: Quality) -> list[dict[
             rows.append(
                 {
                     "name": TITLES[variant],
-                    "accuracy": _share(mean.accuracy, quality),
-                    "accuracy_range": _range([_share(one.accuracy, quality) for one in _by_accuracy(points)]),
+                    "accuracy": share(mean.accuracy, quality),
+                    "accuracy_range": _range([share(one.accuracy, quality) for one in _by_accuracy(points)]),
                     "nfe": f"{mean.nfe:.2f}",
                     "nfe_range": _range([f"{value:.2f}" for value in sorted(one.nfe for one in points)]),
                     "gamma": "" if mean.gamma is None else f"{mean.gamma:.3g}",
@@ -257,15 +256,8 @@ def _range(ordered: Sequence[str]) -> str:
     return f"{ordered[0]} – {ordered[-1]}" if len(ordered) > 1 else ""
 
 
-def _share(value: float, quality: Quality) -> str:
-    return f"{100 * value:.1f} %" if quality == "exact" else f"{value:.3f}"
-
-
-def _estimate(estimate: Estimate | None, quality: Quality, as_difference: bool = False) -> str:
+def _estimate(estimate: Estimate | None, quality: Quality) -> str:
     if estimate is None:
         return "–"
-    value = signed(estimate.value, quality) if as_difference else _share(estimate.value, quality)
-    if estimate.error is None:
-        return value
-    error = f"{100 * estimate.error:.1f}" if quality == "exact" else f"{estimate.error:.3f}"
-    return f"{value} ± {error}"
+    error = "" if estimate.error is None else f" ± {share(estimate.error, quality).removesuffix(' %')}"
+    return f"{share(estimate.value, quality)}{error}"

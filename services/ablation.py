@@ -109,8 +109,9 @@ def curves(results: Sequence[SeedResult]) -> list[Curve]:
     """The picture's curves: the base, then each variant as the mean of its seeds, with the seeds behind."""
     if not results:
         return []
-    base = [result.before for result in results]
-    drawn = [Curve("before training", mean_points([one.points for one in base]), base=True)]
+    # Every variant of a seed starts from the same model and draws the same answers from it.
+    base = {result.seed: result.before.points for result in results}
+    drawn = [Curve("before training", mean_points(list(base.values())), base=True)]
     for variant in _names(results)[1:]:
         seeds = [result.after for result in results if result.variant == variant]
         own = [one.own for one in seeds if one.own is not None]
@@ -146,8 +147,9 @@ def in_words(results: Sequence[SeedResult], quality: Quality) -> list[str]:
     if not own_points(results, CONTROLLER):
         return ["No run with learned budgets is finished, so what the controller adds cannot be said yet."]
     own = mean_point(own_points(results, CONTROLLER))
-    what = "solves {:.1%} of the held-out prompts exactly" if quality == "exact" else "has a mean reward of {:.3f}"
-    sentences = [f"With learned budgets the model {what.format(own.accuracy)}, at {own.nfe:.2f} calls per answer."]
+    what = "solves {} of the held-out prompts exactly" if quality == "exact" else "has a mean reward of {}"
+    solved = what.format(share(own.accuracy, quality))
+    sentences = [f"With learned budgets the model {solved}, at {own.nfe:.2f} calls per answer."]
     sentences += [_sentence(one, quality) for one in differences(results)]
     seeds = len({result.seed for result in results if result.variant == CONTROLLER})
     if seeds == 1:
@@ -159,9 +161,18 @@ def in_words(results: Sequence[SeedResult], quality: Quality) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
-def signed(value: float, quality: Quality) -> str:
-    """A difference: points of percent for shares of solved prompts, else the number."""
-    return f"{100 * value:+.1f} points" if quality == "exact" else f"{value:+.3f}"
+def share(value: float, quality: Quality) -> str:
+    """An accuracy: percent of prompts, or a reward."""
+    return f"{100 * value:.1f} %" if quality == "exact" else f"{value:.3f}"
+
+
+def signed(difference: Estimate | None, quality: Quality) -> str:
+    """A difference with its error: points of percent for shares of solved prompts, else the number."""
+    if difference is None:
+        return "–"
+    factor, digits, unit = (100, 1, " points") if quality == "exact" else (1, 3, "")
+    error = "" if difference.error is None else f" ± {factor * difference.error:.{digits}f}"
+    return f"{factor * difference.value:+.{digits}f}{error}{unit}"
 
 
 def _sentence(difference: Difference, quality: Quality) -> str:
@@ -176,13 +187,12 @@ def _sentence(difference: Difference, quality: Quality) -> str:
         return f"Against {against}: it takes fewer calls than that was swept at, so there is nothing to compare."
     spread = ""
     if len(difference.values) > 1:
-        low, high = signed(min(difference.values), quality), signed(max(difference.values), quality)
+        low, high = (signed(Estimate(one, None), quality) for one in (min(difference.values), max(difference.values)))
         spread = f" (from {low} to {high} over {len(difference.values)} seeds)"
     verdict = "more than chance explains" if mean.error and abs(mean.value) > 2 * mean.error else "no clear difference"
     if mean.error is None:
         verdict = "with an unknown error"
-    error = "" if mean.error is None else f" ± {signed(mean.error, quality).lstrip('+')}"
-    return f"Against {against}, at the same calls: {signed(mean.value, quality)}{error}{spread}, {verdict}."
+    return f"Against {against}, at the same calls: {signed(mean, quality)}{spread}, {verdict}."
 
 
 def _sentence_on_levels(results: Sequence[SeedResult]) -> str:

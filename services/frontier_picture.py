@@ -24,6 +24,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 96, 344, 104, 84
 _LOG_FROM = 4.0
 """Calls are on a logarithmic axis where the most are this many times the fewest."""
 _LOG_TICKS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_FEW = 3
+"""With more curves than this, a label that would cross a line is left out: another curve has one there."""
 _PIECE = 6
 """Pixels of a line that a label avoids at a time."""
 _SPOTS = ((0, -18), (0, 18), (1, -11), (-1, -11), (1, 11), (-1, 11), (1, 0), (-1, 0), (0, -24), (0, 24))
@@ -127,7 +129,7 @@ def draw_frontier(
         if curve.own is not None:
             _draw_own(sheet, axes, curve.own, colour)
     for curve, colour in zip(curves, colours, strict=True):
-        _label_budgets(sheet, axes, curve.points, colour)
+        _label_budgets(sheet, axes, curve.points, colour, strict=len(curves) > _FEW)
     _draw_legend(sheet, curves, colours, quality)
     return sheet.reduced()
 
@@ -181,15 +183,15 @@ def _draw_own(sheet: _Sheet, axes: Axes, own: FrontierPoint, colour: Colour) -> 
     sheet.taken.append(_around(x, y, 12))
 
 
-def _label_budgets(sheet: _Sheet, axes: Axes, points: Sequence[FrontierPoint], colour: Colour) -> None:
-    """The budget beside each point: off the lines if there is room, over one if not, and never over anything else."""
+def _label_budgets(sheet: _Sheet, axes: Axes, points: Sequence[FrontierPoint], colour: Colour, *, strict: bool) -> None:
+    """The budget beside each point: off the lines if there is room, over one if not (or `strict`ly never)."""
     for point in points:
         if point.gamma is None:
             continue
         text = f"{point.gamma:g}"
         free = [box for box in _label_boxes(axes.place(point), text) if not _hits(box, sheet.taken)]
-        if free:
-            box = next((box for box in free if not _hits(box, sheet.crossed)), free[0])
+        box = next((box for box in free if not _hits(box, sheet.crossed)), free[0] if free and not strict else None)
+        if box is not None:
             sheet.text((box[0] + box[2]) / 2, (box[1] + box[3]) / 2, text, colour, 14, "mm")
             sheet.taken.append(box)
 

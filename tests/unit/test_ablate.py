@@ -141,12 +141,12 @@ def test_a_whole_ablation_leaves_a_page_a_picture_and_every_point(config: str, t
     assert code == 0
     assert said[0] == f"[1/4] one token per call, seed 5: {out}/one_token-seed5"
     assert said[-1] == f"Report: {out}/ablation.html"
-    assert any("+5.0 points +/- " in line for line in said), "learned 0.65 against fixed 0.6 at 3 calls"
+    assert any("+5.0 +/- 2.8 points" in line for line in said), "learned 0.65 against fixed 0.6 at 3 calls"
     assert all(line.isascii() for line in said)
     page = (out / "ablation.html").read_text()
     assert "data:image/png;base64," in page
     assert "4 of 4 runs" in page
-    assert "+5.0 points" in page
+    assert "+5.0 ± 2.8 points" in page
     assert "length 3" in page
     assert "&lt;b&gt;" in page
     assert "<b>" not in page

@@ -91,10 +91,10 @@ def test_without_the_controller_there_is_no_difference_and_no_claim() -> None:
 def test_words_say_how_much_and_whether_chance_explains_it() -> None:
     words = in_words([FIXED, LEARNED], "exact")
     assert words[0] == (
-        "With learned budgets the model solves 70.0% of the held-out prompts exactly, at 3.00 calls per answer."
+        "With learned budgets the model solves 70.0 % of the held-out prompts exactly, at 3.00 calls per answer."
     )
-    assert "+20.0 points ± 3.8 points, more than chance explains." in words[1]
-    assert "+5.0 points ± 3.8 points, no clear difference." in words[2]
+    assert "+20.0 ± 3.8 points, more than chance explains." in words[1]
+    assert "+5.0 ± 3.8 points, no clear difference." in words[2]
     assert "one seed" in words[3]
     assert "do not tell how hard" in words[4]
     assert "mean reward of 0.700" in in_words([LEARNED], "reward")[0]
@@ -132,6 +132,14 @@ def test_near_operating_points_share_a_column() -> None:
     assert len(matched_calls(results)) == 1
 
 
+def test_the_base_counts_once_per_seed() -> None:
+    other = SeedResult("fixed", 1, FrontierSeries(0, (_point(6, 0.4, 0.0), _point(4, 0.3, 1.0))), FIXED.after)
+    base = curves([FIXED, LEARNED, other])[0]
+    assert [(point.accuracy, point.samples) for point in base.points] == [(pytest.approx(0.3), 200), (0.2, 200)]
+    # Two seeds, each with an error of 0.03.
+    assert base.points[0].error == pytest.approx(0.03 / math.sqrt(2))
+
+
 def test_curves_are_the_mean_of_their_seeds_with_the_base_first() -> None:
     base, fixed, learned = curves([FIXED, LEARNED, _result("fixed", 1, _point(3, 0.7), 0.2, 0.4)])
     assert (base.base, base.name, fixed.name, learned.name) == (
@@ -147,5 +155,6 @@ def test_curves_are_the_mean_of_their_seeds_with_the_base_first() -> None:
 
 
 def test_differences_are_in_points_where_accuracy_is_a_share() -> None:
-    assert signed(0.0512, "exact") == "+5.1 points"
-    assert signed(-0.0512, "reward") == "-0.051"
+    assert signed(Estimate(0.0512, 0.02), "exact") == "+5.1 ± 2.0 points"
+    assert signed(Estimate(-0.0512, None), "reward") == "-0.051"
+    assert signed(None, "exact") == "–"
