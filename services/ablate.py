@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -36,7 +36,7 @@ from services.ablation import (
     signed,
 )
 from services.config import RunConfig, load_run_config
-from services.frontier import Estimate, FrontierPoint, Quality, mean_point, read_frontier
+from services.frontier import Estimate, FrontierPoint, Quality, mean_point, read_frontier, series_data
 from services.frontier_picture import draw_frontier
 from services.pictures import save_png
 from services.report import inline, render
@@ -161,7 +161,11 @@ def read_results(jobs: Sequence[Job]) -> tuple[list[SeedResult], Quality]:
 def write_ablation(jobs: Sequence[Job], out: Path) -> Path:
     """Write `frontier.json`, `frontier.png` and `ablation.html` of the runs that are finished; returns the page."""
     results, quality = read_results(jobs)
-    everything = {"quality": quality, "runs": [asdict(result) for result in results]}
+    runs = [
+        {"variant": one.variant, "seed": one.seed, "before": series_data(one.before), "after": series_data(one.after)}
+        for one in results
+    ]
+    everything = {"quality": quality, "runs": runs}
     write_atomic(out / "frontier.json", json.dumps(everything, indent=1, allow_nan=False).encode() + b"\n")
     drawn = curves(results)
     if drawn:

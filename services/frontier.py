@@ -169,8 +169,14 @@ def mean_points(series: Sequence[Sequence[FrontierPoint]]) -> list[FrontierPoint
 
 def frontier_json(quality: Quality, series: Mapping[str, FrontierSeries]) -> bytes:
     """The contents of `frontier.json`."""
-    data = {"quality": quality, "series": {name: asdict(one) for name, one in series.items()}}
+    data = {"quality": quality, "series": {name: series_data(one) for name, one in series.items()}}
     return json.dumps(data, indent=2, allow_nan=False).encode() + b"\n"
+
+
+def series_data(series: FrontierSeries) -> dict[str, Any]:
+    """A series as JSON can hold it."""
+    points = [_point_data(point) for point in series.points]
+    return {"step": series.step, "points": points, "own": None if series.own is None else _point_data(series.own)}
 
 
 def read_frontier(path: Path) -> tuple[Quality, dict[str, FrontierSeries]]:
@@ -232,6 +238,13 @@ def _level_order(item: tuple[str, object]) -> tuple[str, float, str]:
         return name, math.inf, last
 
 
+def _point_data(point: FrontierPoint) -> dict[str, Any]:
+    """A point as JSON can hold it, which knows no infinite budget."""
+    levels = {level: _point_data(one) for level, one in point.levels.items()}
+    return asdict(point) | {"gamma": "inf" if point.gamma == math.inf else point.gamma, "levels": levels}
+
+
 def _point(data: Mapping[str, Any]) -> FrontierPoint:
+    gamma = math.inf if data["gamma"] == "inf" else data["gamma"]
     levels = {level: _point(one) for level, one in data["levels"].items()}
-    return FrontierPoint(data["gamma"], data["accuracy"], data["error"], data["nfe"], data["samples"], levels)
+    return FrontierPoint(gamma, data["accuracy"], data["error"], data["nfe"], data["samples"], levels)

@@ -174,10 +174,14 @@ def test_seeds_are_averaged_budget_by_budget() -> None:
 
 def test_the_file_reads_back_and_a_strange_one_is_refused(tmp_path: Path) -> None:
     own = FrontierPoint(None, 0.5, None, 2.0, 7, {"length 3": _point(1, 0.5)})
-    series = {"before": FrontierSeries(0, tuple(FRONT), own), "after": FrontierSeries(60, (FRONT[0],))}
+    series = {
+        "before": FrontierSeries(0, tuple(FRONT), own),
+        "after": FrontierSeries(60, (_point(1, 0.2, gamma=math.inf),)),
+    }
     path = tmp_path / "frontier.json"
     assert read_frontier(path) == ("exact", {})
     path.write_bytes(frontier_json("reward", series))
+    assert "Infinity" not in path.read_text(), "no JSON"
     assert read_frontier(path) == ("reward", series)
     for strange in ("[1]", "{", '{"quality": "exact", "series": {"a": {}}}'):
         path.write_text(strange)
