@@ -50,7 +50,9 @@ def run(job: Job, steps: int, folder: Path, extra: Sequence[str]) -> dict[str, A
     command += ["--seed", str(job.seed), "--num_steps", str(steps), "--eval.every_steps", str(steps)]
     command += ["--algorithm.type", job.algorithm, *OVERRIDES.get(job.algorithm, ()), *extra]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, check=False, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode:
         raise SystemExit(f"{job} failed:\n{done.stdout[-3000:]}")
     print(f"{job} done", file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ from learner.tally import MetricTally
 from raylign.config import Config
 from raylign.errors import CheckpointError, RewardError
 from raylign.models.base import Conditioning
-from raylign.models.tokens import BUDGET_HEAD, PROBED, TokenPrompts, finite_logits
+from raylign.models.tokens import BUDGET_HEAD, TokenPrompts, finite_logits, probed
 from raylign.precision import Precision
 from raylign.types import Needs, RolloutGroup, StepResult, WeightVersion
 from raylign.weights import WeightSnapshot
@@ -220,13 +220,13 @@ class Learner:
     ) -> torch.Tensor:
         """What a published policy predicts in the learner, without gradient or guidance: for parity checks.
 
-        Velocities of latents (B, C, H, W), or logits of the PROBED positions of canvases (B, L), 0 at the mask.
+        Velocities of latents (B, C, H, W), or logits of the probed positions of canvases (B, L), 0 at the mask.
         """
         device, relative = self.policy.device, None if self._tensors(which) is None else "old"
         with torch.no_grad():
             if isinstance(conditioning, TokenPrompts):
                 told = conditioning.to(device)
-                return finite_logits(self.policies.predict_tokens(state.to(device), told, relative, PROBED))
+                return finite_logits(self.policies.predict_tokens(state.to(device), told, relative, probed(state)))
             inputs = state.to(device), sigma_B.to(device), conditioning.to(device)
             return self.policies.velocity_of("old", *inputs) if relative else self.policies.velocity(*inputs)
 

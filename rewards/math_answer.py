@@ -105,17 +105,19 @@ class MathAnswerReward:
 
     def _judge_gsm8k(self, sample: RewardSample, text: str) -> Verdict:
         parts = gsm8k_parts(self._gold(sample.prompt, sample.reference), text)
-        return Verdict(sum(parts.values()), {"answer": shown(after_last_tag(text)), **parts})
+        return Verdict(
+            sum(parts.values()), {"answer": shown(after_last_tag(text)), "exact": parts["correct"] > 0, **parts}
+        )
 
     def _judge_verify(self, sample: RewardSample, text: str) -> Verdict | NoVerdict:
         gold, answer = self._gold(sample.prompt, sample.reference), final_answer(text)
         if answer is None:
-            return verdict(0.0, None, "no_answer")
+            return verdict(0.0, None, "no_answer", exact=False)
         if answer == gold:
-            return verdict(1.0, answer, "identical")
+            return verdict(1.0, answer, "identical", exact=True)
         refused = refusal(answer)
         if refused is not None:
-            return verdict(0.0, answer, refused)
+            return verdict(0.0, answer, refused, exact=False)
         try:
             found = self._pool.call({"gold": gold, "answer": answer}, self._timeout_s)
         except WorkerTimeoutError:
@@ -126,8 +128,9 @@ class MathAnswerReward:
         if not found["gold_readable"]:
             return NoVerdict("invalid_input", "metadata.answer is no mathematical expression and no literal match")
         if not found["answer_readable"]:
-            return verdict(0.0, answer, "unreadable")
-        return verdict(1.0, answer, "equal") if found["correct"] else verdict(0.0, answer, "different")
+            return verdict(0.0, answer, "unreadable", exact=False)
+        correct = bool(found["correct"])
+        return verdict(float(correct), answer, "equal" if correct else "different", exact=correct)
 
     def _gold(self, prompt: Prompt, reference: str | None) -> str:
         """The right answer. Raises PromptError."""

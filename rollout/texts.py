@@ -18,13 +18,13 @@ import torch
 from raylign.errors import ConfigError
 from raylign.keys import generator, sample_generators
 from raylign.models.tokens import (
-    PROBED,
     KvCache,
     TokenPolicy,
     TokenPrediction,
     TokenPrompts,
     finite_logits,
     join_prompts,
+    probed,
 )
 from raylign.samplers import Candidates, TokenSampler, TokenTransition
 from raylign.samplers.entropy_bounded import EntropyBoundedConfig, draw_budgets
@@ -86,8 +86,9 @@ class TextDenoiser:
             canvases.append(canvas_L)
         state = torch.stack(canvases)
         prompts = self._encode(text).repeat(len(counts))
-        answer = finite_logits(policy.predict(state.to(policy.device), prompts.to(policy.device), PROBED)).float().cpu()
-        return Probe(version, state, torch.tensor(counts) / length, prompts.to(torch.device("cpu")), answer)
+        prediction = policy.predict(state.to(policy.device), prompts.to(policy.device), probed(state))
+        told, answer = prompts.to(torch.device("cpu")), finite_logits(prediction).float().cpu()
+        return Probe(version, state, torch.tensor(counts) / length, told, answer)
 
 
 def unmask(

@@ -65,10 +65,6 @@ def join_prompts(parts: Sequence[TokenPrompts]) -> TokenPrompts:
     )
 
 
-PROBED = slice(0, 16)
-"""The canvas positions whose logits a parity check compares: of a whole canvas they would be hundreds of megabytes."""
-
-
 class KvCache(Protocol):
     """Keys and values kept while one block of the canvas is filled. Made by `TokenPolicy.start_cache`."""
 
@@ -155,6 +151,11 @@ def response_mask(tokens_BL: torch.Tensor, eos_id: int) -> torch.Tensor:
     """True up to and including the first end token of each row, (B, L) bool; all True in a row without one."""
     is_eos = tokens_BL == eos_id
     return (is_eos.cumsum(dim=1) - is_eos.long()) == 0
+
+
+def probed(canvas_BL: torch.Tensor) -> slice:
+    """The canvas positions whose logits a parity check compares; those of all can be hundreds of megabytes."""
+    return slice(0, min(16, canvas_BL.shape[1]))
 
 
 def finite_logits(prediction: TokenPrediction) -> torch.Tensor:

@@ -55,7 +55,7 @@ def test_a_prompt_without_a_quoted_target_is_named_before_anything_starts(tmp_pa
 
 def test_an_unreadable_prompt_line_is_named(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "a sign that says \\"ONE\\""}\n{"prompt": 3}\n')
+    prompts.write_text('{"prompt": "a sign that says \\"ONE\\""}\n{"prompt": " "}\n')
     output = _refused(["train", "quickstart_image", "--prompts.train", str(prompts), "--run-dir", "run"], tmp_path)
     assert "prompts.jsonl, line 2" in output
 

@@ -136,3 +136,12 @@ def test_gsm8k_parts_by_hand() -> None:
     (score,) = _score(reward, ("6*7 = 42\n#### 42", good))
     assert score.value == 4.0
     assert score.details["answer"] == "42"
+
+
+def test_the_exact_rate_can_be_shown_beside_a_shaped_value() -> None:
+    prompt = Prompt("p", "", {"answer": "#### 42"})
+    texts = ("<answer>42</answer>", "<answer>41</answer>", "no tag at all")
+    samples = [RewardSample(str(n), prompt, text=text) for n, text in enumerate(texts)]
+    for mode in ("gsm8k", "verify"):
+        scores = asyncio.run(MathAnswerReward(MathAnswerConfig(mode=mode)).score(samples))
+        assert [score.details["exact"] for score in scores] == [True, False, False], mode
