@@ -45,6 +45,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "VLLM_NO_USAGE_STATS": "1",
     # Advice of the libraries, which every worker would repeat on the run's screen.
     "TRANSFORMERS_VERBOSITY": "error",
+    # A process that starts a second cluster forks while gRPC's threads of the first one are still there, and says so.
+    "GRPC_VERBOSITY": "ERROR",
     "DIFFUSERS_VERBOSITY": "error",
     # Idle OpenMP threads that spin made two processes on two cores 4 times slower.
     "OMP_WAIT_POLICY": "PASSIVE",
