@@ -37,6 +37,7 @@ def test_the_defaults_are_exactly_these() -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "DIFFUSERS_VERBOSITY": "error",
+        "GRPC_VERBOSITY": "ERROR",
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
     }
