@@ -20,7 +20,14 @@ from raylign.config import Config, load_config
 from raylign.models import MODEL_FAMILIES, ModelConfig
 from raylign.models.sd3 import Sd3Config
 from raylign.precision import Precision
-from raylign.samplers import IMAGE_SAMPLERS, SAMPLERS, TOKEN_SAMPLERS, SamplerConfig, TokenSamplerConfig
+from raylign.samplers import (
+    IMAGE_SAMPLERS,
+    SAMPLERS,
+    TOKEN_SAMPLERS,
+    SamplerConfig,
+    TokenSamplerConfig,
+    make_token_sampler,
+)
 from raylign.samplers.entropy_bounded import EntropyBoundedConfig
 from raylign.samplers.euler_ode import EulerOdeConfig
 from raylign.types import Needs
@@ -233,6 +240,12 @@ class RunConfig(Config):
                 "sampler.budget = 'learned' and model.budget_head = true belong together, as the head chooses the "
                 f"budgets; got budget_head = {str(not learned).lower()}"
             )
+        # Both raise with the remedy where a step count, a block or an order does not fit.
+        canvas_length = int(getattr(self.model, "canvas_length", 1))
+        make_token_sampler(sampler, canvas_length)  # type: ignore[arg-type]  # of the text table, as just checked
+        rollouts = make_token_sampler(self.sampler, canvas_length)  # type: ignore[arg-type]
+        algorithm: Any = self.algorithm
+        algorithm.check_sampler(rollouts)
         if self.eval.gammas and not isinstance(sampler, EntropyBoundedConfig):
             raise ValueError(
                 f"eval.gammas are entropy budgets, which sampler {sampler.type!r} has not; "

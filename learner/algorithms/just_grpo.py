@@ -13,7 +13,7 @@ positions after the first end token are not trained (the released code trains al
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -46,6 +46,14 @@ class JustGrpoConfig(TokenAlgorithmConfig):
     def uses_ratio(self) -> bool:
         return False
 
+    def check_sampler(self, sampler: Any) -> None:
+        # Blocks are filled from left to right, so blocks of one position are an order too.
+        if not (isinstance(sampler, LeftToRight) or sampler.block_length == 1):
+            raise ConfigError(
+                f"algorithm.type 'just_grpo' needs rollouts from left to right, one token per call, got sampler.type "
+                f"{sampler.config.type!r} with blocks of {sampler.block_length}; set sampler.type = 'left_to_right'"
+            )
+
 
 class JustGrpo(TokenAlgorithm):
     """See the module's docstring."""
@@ -55,13 +63,6 @@ class JustGrpo(TokenAlgorithm):
     def __init__(self, config: JustGrpoConfig, setting: LossSetting) -> None:
         super().__init__(config, setting)
         self.config: JustGrpoConfig = config
-        sampler = setting.sampler
-        # Blocks are filled from left to right, so blocks of one position are an order too.
-        if not (isinstance(sampler, LeftToRight) or sampler.block_length == 1):
-            raise ConfigError(
-                f"algorithm.type 'just_grpo' needs rollouts from left to right, one token per call, got sampler.type "
-                f"{sampler.config.type!r} with blocks of {sampler.block_length}; set sampler.type = 'left_to_right'"
-            )
 
     def items(self, group: RolloutGroup, run_seed: int, step: int) -> torch.Tensor:
         """The positions up to the first end token, (G, L); ABSENT after it."""

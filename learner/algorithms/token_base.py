@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -62,6 +62,9 @@ class TokenAlgorithmConfig(Config):
     def rollout_policy(self) -> RolloutPolicy:
         return "current"
 
+    def check_sampler(self, sampler: Any) -> None:
+        """Raise ConfigError, with the remedy, for rollouts that the algorithm cannot score; takes all by default."""
+
 
 class Scores(NamedTuple):
     """One estimate under three policies: the learner's has a gradient, the others none; no reference, no third."""
@@ -80,6 +83,7 @@ class TokenAlgorithm(ABC):
     def __init__(self, config: TokenAlgorithmConfig, setting: LossSetting) -> None:
         if setting.vocabulary is None:
             raise ShapeError("an algorithm for text needs the policy's vocabulary; load a text model")
+        config.check_sampler(setting.sampler)
         self.config = config
         self.setting = setting
         self.vocabulary: Vocabulary = setting.vocabulary

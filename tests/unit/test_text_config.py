@@ -44,6 +44,12 @@ def test_a_text_run_is_of_one_kind() -> None:
             r"eval.gammas are entropy budgets, which sampler 'left_to_right' has not",
         ),
         ({"eval__sampler": '{type = "flow_sde"}'}, r"eval.sampler 'flow_sde' draws pictures"),
+        (
+            {"sampler__type": "low_confidence", "sampler__num_steps": "6", "sampler__block_length": "2"},
+            r"num_steps.*6",
+        ),
+        ({"sampler__block_length": "3"}, r"block_length.*3.*8"),
+        ({"algorithm__type": "just_grpo"}, r"needs rollouts from left to right.*set sampler.type = 'left_to_right'"),
         ({"algorithm__clip": "0.2"}, r"unknown key; did you mean `clip_range`"),
     ],
 )
