@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from raylign.errors import ShapeError
 from raylign.models.kv_cache import BlockCache
 from raylign.shapes import check_shape
 
@@ -62,6 +63,7 @@ class BidirectionalNetwork(nn.Module):
         super().__init__()
         layer, norm, rotary, config = _building_blocks(shape)
         self.shape = shape
+        self.hidden_size = shape.hidden_size
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
         blocks = [layer(config, index) for index in range(shape.num_layers)]
         for block in blocks:
@@ -104,6 +106,26 @@ class BidirectionalNetwork(nn.Module):
             else:
                 hidden_BLD = _call_block(block, hidden_BLD, mask, rotation, cache)
         return self.norm(hidden_BLD)
+
+    def read(
+        self,
+        ids_BL: torch.Tensor,
+        real_BL: torch.Tensor,
+        num_prompt: int,
+        span: slice,
+        shift: int = 0,
+        cache: BlockCache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the canvas positions in `span`, (B, span, V), and what `forward` gives.
+
+        shift: how far to the left of a position its logits are. Raises ShapeError for positions that were not computed.
+        """
+        hidden_BLD = self(ids_BL, real_BL, num_prompt, cache)
+        start = num_prompt + span.start - shift - (cache.place.start if cache is not None else 0)
+        stop = start + span.stop - span.start
+        if start < 0 or stop > hidden_BLD.shape[1]:
+            raise ShapeError(f"canvas positions {span.start} to {span.stop} are not all computed in this call")
+        return self.lm_head(hidden_BLD[:, start:stop]), hidden_BLD
 
     def _rotation(self, hidden_BLD: torch.Tensor, position_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of each position's angles, (B or 1, L or 1, head width), in the dtype of the hidden states."""

@@ -1,7 +1,8 @@
 """Checkpoints of text models: their files checked, loaded into a network by an explicit name map, and written back.
 
 A family describes its checkpoints by a `TextFormat`. Nothing here executes code that a checkpoint brings: the network
-is Raylign's own, the tokenizer is one of transformers' own classes, weights are safetensors.
+is Raylign's own, the tokenizer is one of transformers' own classes, weights are safetensors. With
+`trust_remote_code` alone the network is the checkpoint's, under the names its files have (see remote_code.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from raylign.errors import ModelError
 from raylign.models.adapters import LoraSettings, adapter_pair
 from raylign.models.base import Role
 from raylign.models.bidirectional import BLOCK_LINEARS, BidirectionalNetwork
+from raylign.models.remote_code import OWN_PREFIX, RemoteNetwork, build_remote, check_remote, match_linears
 from raylign.models.text_policy import TextModelConfig, TextPolicy
 from raylign.models.tokens import BUDGET_HEAD, Vocabulary
 from raylign.precision import DTYPES, Precision
@@ -103,18 +105,21 @@ def load_text(
     (rollout with LoRA only). seed: initial values of the adapter's A matrices.
     """
     checkpoint = open_checkpoint(text_format, config)
-    network = checkpoint.network
+    network = checkpoint.network or _build_remote(checkpoint, device, precision)
+    native = checkpoint.network is not None
     for file, names in checkpoint.shards.items():
         tensors = _read(file, names, device, DTYPES[precision])
-        network.load_state_dict({checkpoint.own[name]: tensor for name, tensor in tensors.items()}, False, assign=True)
-    if network.rotary is not None:
-        network.rotary.to(device)
+        # A native network has no storage yet; foreign code may hold its parameters in two places, so it is filled.
+        own = {checkpoint.own[name]: tensor for name, tensor in tensors.items()}
+        network.load_state_dict(own, strict=False, assign=native)
+    network.to(device)  # what is computed and not loaded: rotary frequencies
+    targets = config.lora.targets
     return TextPolicy(
         config,
         network,
         checkpoint.tokenizer,
         checkpoint.vocabulary,
-        text_format.names.own_targets(config.lora.targets),
+        network.own_targets(targets) if isinstance(network, RemoteNetwork) else text_format.names.own_targets(targets),
         shift=text_format.shift,
         fold=fold and role == "rollout",
         seed=seed,
@@ -123,8 +128,11 @@ def load_text(
 
 def check_text(text_format: TextFormat, config: TextModelConfig) -> None:
     """Raise ModelError for a checkpoint that cannot be loaded; reads no tensor's values."""
-    open_checkpoint(text_format, config)
-    text_format.names.own_targets(config.lora.targets)
+    checkpoint = open_checkpoint(text_format, config)
+    if checkpoint.network is None:
+        match_linears([name.removesuffix(".weight") for name in checkpoint.own], config.lora.targets)
+    else:
+        text_format.names.own_targets(config.lora.targets)
 
 
 def export_text(
@@ -147,7 +155,7 @@ def export_text(
     trained = {name: tensor for name, tensor in tensors.items() if not name.startswith(BUDGET_HEAD)}
     directory.mkdir(parents=True, exist_ok=True)
     if config.tuning == "lora":
-        _save_adapter(text_format, config, trained, directory if adapter_only else directory / "adapter")
+        _save_adapter(checkpoint, config, trained, directory if adapter_only else directory / "adapter")
         if adapter_only:
             return
     for file, names in checkpoint.shards.items():
@@ -164,11 +172,11 @@ def export_text(
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checked directory. `network` has no values yet; `shards` lists the published names in each file, and `own`
-    says what the network calls them."""
+    """A checked directory. `network` has no values yet, and is None where the checkpoint's own code is to make it;
+    `shards` lists the published names in each file, and `own` says what the network calls them."""
 
     folder: Path
-    network: BidirectionalNetwork
+    network: BidirectionalNetwork | None
     tokenizer: Any
     vocabulary: Vocabulary
     shards: dict[Path, list[str]]
@@ -187,23 +195,28 @@ def open_checkpoint(text_format: TextFormat, config: TextModelConfig) -> Checkpo
             f"{folder} is a {found!r}, not a {text_format.model_type!r}; choose the [model] type that fits"
         )
     try:
-        with torch.device("meta"):
-            network = text_format.build(described, config)
+        if config.trust_remote_code:
+            network, (num_rows, max_positions) = None, check_remote(folder, described)
+        else:
+            with torch.device("meta"):
+                network = text_format.build(described, config)
+            num_rows, max_positions = network.shape.vocab_size, network.shape.max_positions
     except KeyError as error:
         raise ModelError(f"{folder}/config.json has no {error.args[0]!r}") from None
-    if config.max_prompt_length + config.canvas_length > network.shape.max_positions:
+    if config.max_prompt_length + config.canvas_length > max_positions:
         raise ModelError(
             f"model.max_prompt_length {config.max_prompt_length} and model.canvas_length {config.canvas_length} exceed "
-            f"the {network.shape.max_positions} positions that {folder} was made for"
+            f"the {max_positions} positions that {folder} was made for"
         )
     tokenizer = _load_tokenizer(folder, text_format, config)
-    vocabulary = read_vocabulary(folder, described, tokenizer, network.shape.vocab_size)
-    wanted = {text_format.names.published(own): (own, tuple(t.shape)) for own, t in network.named_parameters()}
+    vocabulary = read_vocabulary(folder, described, tokenizer, num_rows)
     shards = _list_shards(folder)
-    check_names(folder, [name for names in shards.values() for name in names], wanted)
-    for file, names in shards.items():
-        _check_shapes(file, {name: wanted[name][1] for name in names})
-    return Checkpoint(folder, network, tokenizer, vocabulary, shards, {name: own for name, (own, _) in wanted.items()})
+    if network is None:
+        own = {name: f"{OWN_PREFIX}{name}" for names in shards.values() for name in names}
+    else:
+        own = {text_format.names.published(name): name for name, _ in network.named_parameters()}
+        _check_tensors(folder, shards, own, network)
+    return Checkpoint(folder, network, tokenizer, vocabulary, shards, own)
 
 
 def read_vocabulary(folder: Path, described: Mapping[str, Any], tokenizer: Any, num_rows: int) -> Vocabulary:
@@ -296,6 +309,24 @@ def _list_shards(folder: Path) -> dict[Path, list[str]]:
         raise ModelError(f"{single} cannot be read: {error}") from error
 
 
+def _build_remote(checkpoint: Checkpoint, device: str, precision: Precision) -> RemoteNetwork:
+    """The checkpoint's own network with values of its own, after a look at whether it is the files' network."""
+    network = build_remote(checkpoint.folder, device, DTYPES[precision])
+    own = {name.removeprefix(OWN_PREFIX): name for name in network.state_dict()}
+    _check_tensors(checkpoint.folder, checkpoint.shards, own, network)
+    return network
+
+
+def _check_tensors(
+    folder: Path, shards: Mapping[Path, list[str]], own: Mapping[str, str], network: torch.nn.Module
+) -> None:
+    """Raise ModelError for tensors that are missing, foreign or of another shape. own: by published name."""
+    check_names(folder, [name for names in shards.values() for name in names], own)
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    for file, names in shards.items():
+        _check_shapes(file, {name: shapes[own[name]] for name in names})
+
+
 def _check_shapes(file: Path, wanted: Mapping[str, tuple[int, ...]]) -> None:
     from safetensors import SafetensorError, safe_open
 
@@ -331,7 +362,7 @@ def _trained_value(
 
 
 def _save_adapter(
-    text_format: TextFormat, config: TextModelConfig, trained: Mapping[str, torch.Tensor], directory: Path
+    checkpoint: Checkpoint, config: TextModelConfig, trained: Mapping[str, torch.Tensor], directory: Path
 ) -> None:
     """PEFT's layout over the family's own module names; targets as a pattern that leaves the output layer out."""
     import re
@@ -339,20 +370,17 @@ def _save_adapter(
     import peft
     from safetensors.torch import save_file
 
-    names = text_format.names
-    modules = [names.linears()[own] for own in names.own_targets(config.lora.targets)]
-    choice = "|".join(re.escape(module) for module in modules)
+    published = {own.removesuffix(".weight"): name.removesuffix(".weight") for name, own in checkpoint.own.items()}
+    modules = {name: published[name.partition(".lora_")[0]] for name in trained}
+    choice = "|".join(sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name)) for name in modules.values()}))
     peft.LoraConfig(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank, so a float is fine
-        target_modules=rf"(.*\.)?{re.escape(names.layer_prefix)}\d+\.({choice})",
+        target_modules=rf"(.*\.)?({choice})",
         base_model_name_or_path=config.path,
     ).save_pretrained(str(directory))
     layers: dict[str, torch.Tensor] = {}
     for name, tensor in trained.items():
-        module, _, part = name.partition(".lora_")
-        published = names.published(f"{module}.weight").removesuffix(".weight")
-        layers[f"base_model.model.{published}.lora_{part.replace('.default.', '.')}"] = (
-            tensor.detach().cpu().contiguous()
-        )
+        part = name.partition(".lora_")[2].replace(".default.", ".")
+        layers[f"base_model.model.{modules[name]}.lora_{part}"] = tensor.detach().cpu().contiguous()
     save_file(layers, directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""A masked diffusion language model as a `TokenPolicy`: a bidirectional network, a tokenizer, weights to train.
+"""A masked diffusion language model as a `TokenPolicy`: a network, a tokenizer, weights to train.
 
 One class serves all text families, actor and learner alike: what the learner scores is what the actor sampled from.
 """
@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn.functional import pad
 
 from raylign.config import Config
-from raylign.errors import PromptError, ShapeError
+from raylign.errors import ModelError, PromptError
 from raylign.models.adapters import LoraSettings
 from raylign.models.bidirectional import BidirectionalNetwork
 from raylign.models.kv_cache import BlockCache
+from raylign.models.remote_code import NATIVE, RemoteNetwork
 from raylign.models.tokens import BUDGET_HEAD, CacheKind, KvCache, TokenPrediction, TokenPrompts, Vocabulary
 from raylign.models.tuned import TunedWeights, Tuning
 from raylign.shapes import check_shape
@@ -41,10 +42,12 @@ class TextModelConfig(Config):
     """Wrap prompts in the tokenizer's chat template; false for base models, which read the text as it is."""
     budget_head: bool = False
     """Add the head that chooses each prompt's entropy budget; see the entropy-bounded sampler."""
+    trust_remote_code: bool = False
+    """Run the modelling code that lies in the checkpoint instead of the native network; it may do anything."""
 
 
 class TextPolicy:
-    """A TokenPolicy over a `BidirectionalNetwork`.
+    """A TokenPolicy over a native network, or over one of the checkpoint's own code.
 
     shift: 1 for a model whose raw output at position k - 1 says what token k is, else 0.
     targets: the adapted modules by the network's own names.
@@ -53,7 +56,7 @@ class TextPolicy:
     def __init__(
         self,
         config: TextModelConfig,
-        network: BidirectionalNetwork,
+        network: BidirectionalNetwork | RemoteNetwork,
         tokenizer: Any,
         vocabulary: Vocabulary,
         targets: tuple[str, ...],
@@ -64,10 +67,10 @@ class TextPolicy:
     ) -> None:
         self.config = config
         self.network = network
-        self.device = network.embed_tokens.weight.device
+        self.device = next(network.parameters()).device
         self.vocabulary = vocabulary
         self.canvas_length = config.canvas_length
-        self.hidden_size = network.shape.hidden_size
+        self.hidden_size = network.hidden_size
         self._tokenizer = tokenizer
         self._shift = shift
         self._head = _zero_head(self.hidden_size, self.device) if config.budget_head else None
@@ -108,23 +111,22 @@ class TextPolicy:
         num_prompt = prompts.ids_PL.shape[1]
         span = span or slice(0, self.canvas_length)
         reuses = cache is not None and cache.is_filled
-        hidden_BLD = self.network(
-            torch.cat([prompts.ids_PL, canvas_BL], dim=1),
-            pad(prompts.real_PL, (0, self.canvas_length), value=True),
-            num_prompt,
-            cache,
-        )
-        start = num_prompt + span.start - self._shift - (cache.place.start if cache is not None else 0)
-        stop = start + span.stop - span.start
-        if start < 0 or stop > hidden_BLD.shape[1]:
-            raise ShapeError(f"canvas positions {span.start} to {span.stop} are not all computed in this call")
-        logits_BLV = self.network.lm_head(hidden_BLD[:, start:stop]).float()
+        ids_BL = torch.cat([prompts.ids_PL, canvas_BL], dim=1)
+        real_BL = pad(prompts.real_PL, (0, self.canvas_length), value=True)
+        logits_BLV, hidden_BLD = self.network.read(ids_BL, real_BL, num_prompt, span, self._shift, cache)
+        logits_BLV = logits_BLV.float()
         logits_BLV[..., self.vocabulary.mask_id] = -torch.inf
         features = None if reuses else _prompt_mean(hidden_BLD[:, :num_prompt], prompts.real_PL)
         return TokenPrediction(logits_BLV, features)
 
     def start_cache(self, kind: CacheKind, span: slice) -> BlockCache | None:
-        return None if kind == "none" else BlockCache(kind, span, self._shift)
+        if kind == "none":
+            return None
+        if isinstance(self.network, RemoteNetwork):
+            raise ModelError(
+                f"a checkpoint's own code keeps no {kind!r} cache; set sampler.cache = 'none', or {NATIVE}"
+            )
+        return BlockCache(kind, span, self._shift)
 
     def log_budget(self, prompt_features_BD: torch.Tensor) -> torch.Tensor:
         if self._head is None:
@@ -139,6 +141,11 @@ class TextPolicy:
         return self._weights.parameters()
 
     def enable_gradient_checkpointing(self) -> None:
+        if isinstance(self.network, RemoteNetwork):
+            raise ModelError(
+                "how to recompute activations in a checkpoint's own code is not known; set "
+                f"learner.gradient_checkpointing = false, or {NATIVE}"
+            )
         self.network.recompute = True
 
     def export_weights(self, version: WeightVersion, tensors: dict[str, torch.Tensor] | None = None) -> WeightSnapshot:

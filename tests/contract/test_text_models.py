@@ -15,6 +15,7 @@ from torch import nn
 from raylign.errors import ModelError, PromptError, ShapeError, WeightError
 from raylign.models import MODEL_FAMILIES, check_model, export_policy, load_policy
 from raylign.models.adapters import LoraSettings
+from raylign.models.bidirectional import BidirectionalNetwork
 from raylign.models.text_policy import TextModelConfig, TextPolicy
 from raylign.models.tokens import BUDGET_HEAD, CacheKind, TokenPolicy, TokenPrompts, finite_logits, join_prompts
 from raylign.precision import autocast
@@ -314,6 +315,7 @@ def test_a_snapshot_that_does_not_fit_is_refused_with_nothing_loaded(family: Fam
 @ROWS
 def test_an_adapter_covers_every_linear_layer_of_every_block(family: Family) -> None:
     plain = load(family, tuning="full").network
+    assert isinstance(plain, BidirectionalNetwork)
     linears = {f"layers.{name}" for name, module in plain.layers.named_modules() if isinstance(module, nn.Linear)}
     adapted = {name.partition(".lora_")[0] for name in load(family, "learner").trainable_parameters()}
     assert len(linears) == 7 * plain.shape.num_layers
