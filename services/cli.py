@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from raylign.pretrain import PRETRAINERS
+
 app = typer.Typer(
     name="raylign",
     help="Post-train image diffusion models with reinforcement learning, on a laptop or a Ray cluster.",
@@ -107,11 +109,15 @@ def ablate(
 
 @app.command()
 def pretrain(
-    name: Annotated[str, typer.Argument(help="What to make: `glyphs`, the tiny SD3 of the quickstart.")],
+    name: Annotated[str, typer.Argument(help=f"What to make: {', '.join(f'`{name}`' for name in PRETRAINERS)}.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the model; must not exist or be empty.")],
     seed: Annotated[int, typer.Option(help="Seeds data, weights and training.")] = 0,
 ) -> None:
-    """Make a small model from nothing: the base that the quickstart starts from."""
+    """Make a small model from nothing: `glyphs` is the tiny SD3 of the picture quickstart, `text-tiny` the diffusion
+    language model of the text quickstart; the other `text-` ones do countdown, sudoku and addition.
+
+    Example: `raylign pretrain text-tiny --out my_model`
+    """
     from services.pretrain import pretrain_model
 
     pretrain_model(name, out, seed)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from raylign.pretrain import PRETRAINERS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -97,6 +99,12 @@ def test_resume_export_and_report_refuse_what_is_no_run(tmp_path: Path) -> None:
     for arguments in (["resume", "."], ["export", ".", "out"], ["report", "."], ["resume", "nowhere"]):
         output = _refused(arguments, tmp_path)
         assert "no run" in output
+
+
+def test_pretrain_lists_the_models_there_are(tmp_path: Path) -> None:
+    done = _raylign(["pretrain", "--help"], tmp_path)
+    assert done.returncode == 0
+    assert [name for name in PRETRAINERS if name not in done.stdout] == []
 
 
 def test_pretrain_refuses_unknown_names_and_full_folders(tmp_path: Path) -> None:
