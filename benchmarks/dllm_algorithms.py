@@ -5,7 +5,8 @@
 trains each algorithm with its paper's defaults at one learning rate, rollouts and batch (the text quickstart's), on
 `sortmix` and `countdown`, in one process with one thread, `--jobs` runs at a time, and prints one JSON object:
 held-out reward, exact rate and calls (NFE) before and after, and the curves of training reward and calls over seconds.
-JustGRPO draws left to right, one token per call, because it scores that order and no other.
+JustGRPO draws left to right, one token per call, because it scores that order and no other; `trajectory` scores every
+step and BGPO takes 4 Monte-Carlo samples, as canvases of 5 or 8 tokens want.
 `--table` also prints the summary as Markdown. Differences within the seeds' spread are none.
 """
 
@@ -29,8 +30,12 @@ ALGORITHMS = (
     *("d1", "coupled_grpo", "unigrpo", "wd1", "spg", "espo"),
     *("diffpo", "gdpo", "bgpo", "trajectory", "just_grpo"),
 )
-OVERRIDES: Mapping[str, Sequence[str]] = {"just_grpo": ("--sampler", '{type = "left_to_right"}')}
-"""What one algorithm needs otherwise."""
+OVERRIDES: Mapping[str, Sequence[str]] = {
+    "just_grpo": ("--sampler", '{type = "left_to_right"}'),
+    "trajectory": ("--algorithm.merge_steps", "1"),
+    "bgpo": ("--algorithm.num_samples", "4"),
+}
+"""What an algorithm needs otherwise on canvases this short; results say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +124,8 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(arguments.jobs) as pool:
         runs = list(pool.map(lambda job: run(job, arguments.steps, Path(scratch), arguments.overrides), jobs))
-    text = json.dumps({"steps": arguments.steps, "overrides": arguments.overrides, "runs": runs}, indent=1)
+    settings = {"steps": arguments.steps, "overrides": arguments.overrides, "by_algorithm": OVERRIDES}
+    text = json.dumps({**settings, "runs": runs}, indent=1)
     print(text)
     if arguments.table:
         print(table(runs), file=sys.stderr)
