@@ -13,7 +13,7 @@ from raylign.pretrain import PRETRAINERS
 
 app = typer.Typer(
     name="raylign",
-    help="Post-train image diffusion models with reinforcement learning, on a laptop or a Ray cluster.",
+    help="Post-train image and language diffusion models with reinforcement learning, on a laptop or a Ray cluster.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -64,7 +64,7 @@ def export(
     directory: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
     adapter_only: Annotated[bool, typer.Option(help="Write only the LoRA adapter, not the whole pipeline.")] = False,
 ) -> None:
-    """Write the trained model as a directory that diffusers loads by itself."""
+    """Write the trained model as a directory that the model's own library loads by itself."""
     from services.export import export_run
 
     export_run(run_dir, directory, adapter_only)

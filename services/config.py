@@ -25,16 +25,14 @@ from raylign.samplers import (
     SAMPLERS,
     TOKEN_SAMPLERS,
     SamplerConfig,
-    TokenSamplerConfig,
-    make_token_sampler,
 )
-from raylign.samplers.entropy_bounded import EntropyBoundedConfig
 from raylign.samplers.euler_ode import EulerOdeConfig
 from raylign.types import Needs
 from rewards import RewardUnion
 from rewards.ocr import OcrConfig
 from rollout.datasets import PromptFields
 from services.reward_config import ServiceConfig
+from services.text_checks import check_text_run
 
 Placement = Literal["in_process", "colocated", "separate"]
 
@@ -221,38 +219,11 @@ class RunConfig(Config):
                 f"{', '.join(_types(algorithms))}"
             )
         if modality == "text":
-            self._check_text()
+            check_text_run(
+                self.model, self.algorithm, self.sampler, self.eval.sampler or self.sampler, self.eval.gammas
+            )
         elif self.eval.sampler is not None or self.eval.gammas:
             raise ValueError("eval.sampler and eval.gammas are for text models; pictures have eval.num_steps")
-
-    def _check_text(self) -> None:
-        if isinstance(self.sampler, TokenSamplerConfig) and self.sampler.temperature == 0:
-            raise ValueError(
-                "sampler.temperature 0 makes all samples of a prompt equal, so nothing can be learnt from them; "
-                "set it above 0, and eval.sampler for greedy evaluation"
-            )
-        sampler = self.eval.sampler or self.sampler
-        if type(sampler) not in TOKEN_SAMPLERS:
-            raise ValueError(f"eval.sampler {sampler.type!r} draws pictures; choose one for texts")
-        learned = any(getattr(one, "budget", None) == "learned" for one in (self.sampler, sampler))
-        if learned != getattr(self.model, "budget_head", False):
-            raise ValueError(
-                "sampler.budget = 'learned' and model.budget_head = true belong together, as the head chooses the "
-                f"budgets; got budget_head = {str(not learned).lower()}"
-            )
-        # Both raise with the remedy where a step count, a block or an order does not fit.
-        canvas_length = int(getattr(self.model, "canvas_length", 1))
-        make_token_sampler(sampler, canvas_length)  # type: ignore[arg-type]  # of the text table, as just checked
-        rollouts = make_token_sampler(self.sampler, canvas_length)  # type: ignore[arg-type]
-        algorithm: Any = self.algorithm
-        algorithm.check_sampler(rollouts)
-        if self.eval.gammas and not isinstance(sampler, EntropyBoundedConfig):
-            raise ValueError(
-                f"eval.gammas are entropy budgets, which sampler {sampler.type!r} has not; "
-                "set eval.sampler.type = 'entropy_bounded'"
-            )
-        if min(self.eval.gammas, default=0.0) < 0:
-            raise ValueError(f"eval.gammas must be at least 0, got {min(self.eval.gammas)}")
 
     def _check_learner_division(self) -> None:
         shares = self.learner.updates_per_step * self.learner.num_ranks

@@ -150,16 +150,15 @@ def _draw_axes(sheet: _Sheet, axes: Axes, quality: Quality, title: str) -> None:
     sheet.line([(_LEFT, floor), (right, floor)], FAINT, 1.5)
     scale = ", logarithmic" if axes.log else ""
     sheet.text((_LEFT + right) / 2, floor + 52, f"mean calls of the network per answer (NFE{scale})", FAINT, 17, "mm")
-    _draw_better(sheet)
+    _draw_better(sheet, right)
 
 
-def _draw_better(sheet: _Sheet) -> None:
-    """An arrow into the corner of many solved prompts and few calls."""
-    x, y = _LEFT + 16, _TOP + 16
+def _draw_better(sheet: _Sheet, right: float) -> None:
+    """An arrow towards many solved prompts and few calls, above the plot, where no dot can lie."""
+    x, y = right - 86, 62
     sheet.line([(x + 24, y + 24), (x + 3, y + 3)], FAINT, 2)
     sheet.polygon([(x, y), (x + 11, y + 3), (x + 3, y + 11)], FAINT)
-    sheet.text(x + 30, y + 26, "better", FAINT, 15)
-    sheet.taken.append((x, y, x + 80, y + 36))
+    sheet.text(x + 32, y + 4, "better", FAINT, 15)
 
 
 def _draw_line(sheet: _Sheet, axes: Axes, points: Sequence[FrontierPoint], colour: Colour, width: float) -> None:

@@ -127,13 +127,13 @@ def _go(
 
 def _read_inputs(config: RunConfig) -> _Inputs:
     """Check the model directory, read the prompts, and let every required reward check each, before anything starts."""
-    check_model(config.model)
     prompts = load_prompts(resolve(config.prompts.train), config.prompts.fields)
     heldout: list[Prompt] = []
     if config.prompts.heldout is not None:
         heldout = load_prompts(resolve(config.prompts.heldout), config.prompts.fields)
         refuse_overlap(prompts, heldout)
         heldout = heldout[: config.eval.num_prompts]
+    check_model(config.model, [prompt.text for prompt in (*prompts, *heldout)])
     rewards = make_mix(config.rewards)
     for prompt in (*prompts, *heldout):
         rewards.check(prompt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ class Family:
 
     modality: Literal["image", "text"]
     load: Callable[[Any, Role, str, Precision, bool, int], Any]
-    check: Callable[[Any], None]
+    check: Callable[[Any, Sequence[str]], None]
     export: Callable[[Any, Mapping[str, torch.Tensor], Path, bool], None]
 
 
@@ -83,9 +83,12 @@ def load_policy(
     return MODEL_FAMILIES[type(config)].load(config, role, device, precision, fold, seed)
 
 
-def check_model(config: ModelConfig) -> None:
-    """Raise ModelError or ConfigError for a model directory that cannot be loaded; reads small files only."""
-    MODEL_FAMILIES[type(config)].check(config)
+def check_model(config: ModelConfig, texts: Sequence[str] = ()) -> None:
+    """Raise ModelError or ConfigError for a model directory that cannot be loaded; reads small files only.
+
+    Raises PromptError for the first of `texts` that the model cannot be given as a prompt.
+    """
+    MODEL_FAMILIES[type(config)].check(config, texts)
 
 
 def export_policy(

@@ -7,6 +7,7 @@ Text encoding, the network and the VAE are diffusers' own modules; this file onl
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -161,8 +162,11 @@ def load_sd3(
     return Sd3Policy(config, transformer, pipeline, _vae_config(folder), shift, weights)
 
 
-def check_sd3(config: Sd3Config) -> None:
-    """Raise for a directory without a component, or a size it cannot draw, before anything is started."""
+def check_sd3(config: Sd3Config, texts: Sequence[str] = ()) -> None:
+    """Raise for a directory without a component, or a size it cannot draw, before anything is started.
+
+    Any of `texts` will do: the encoders cut one that is too long.
+    """
     folder = resolve(config.path)
     check_pipeline_folder(folder)
     _latent_factor(config, _vae_config(folder), int(_read_json(folder / "transformer" / "config.json")["patch_size"]))

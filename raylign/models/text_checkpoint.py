@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from raylign.models.adapters import LoraSettings, adapter_pair
 from raylign.models.base import Role
 from raylign.models.bidirectional import BLOCK_LINEARS, BidirectionalNetwork
 from raylign.models.remote_code import OWN_PREFIX, RemoteNetwork, build_remote, check_remote, match_linears
-from raylign.models.text_policy import TextModelConfig, TextPolicy
+from raylign.models.text_policy import TextModelConfig, TextPolicy, prompt_ids
 from raylign.models.tokens import BUDGET_HEAD, Vocabulary
 from raylign.precision import DTYPES, Precision
 
@@ -126,9 +126,14 @@ def load_text(
     )
 
 
-def check_text(text_format: TextFormat, config: TextModelConfig) -> None:
-    """Raise ModelError for a checkpoint that cannot be loaded; reads no tensor's values."""
+def check_text(text_format: TextFormat, config: TextModelConfig, texts: Sequence[str] = ()) -> None:
+    """Raise ModelError for a checkpoint that cannot be loaded, PromptError for a prompt that it cannot be given.
+
+    No tensor's values are read.
+    """
     checkpoint = open_checkpoint(text_format, config)
+    for text in texts:
+        prompt_ids(checkpoint.tokenizer, config, text)
     if checkpoint.network is None:
         match_linears([name.removesuffix(".weight") for name in checkpoint.own], config.lora.targets)
     else:

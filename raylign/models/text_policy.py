@@ -46,6 +46,25 @@ class TextModelConfig(Config):
     """Run the modelling code that lies in the checkpoint instead of the native network; it may do anything."""
 
 
+def prompt_ids(tokenizer: Any, config: TextModelConfig, text: str) -> list[int]:
+    """A prompt's tokens, in the chat template if one is wanted. Raises PromptError for too many, or none at all."""
+    if config.chat_template:
+        turn = [{"role": "user", "content": text}]
+        templated = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(templated, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(text)["input_ids"]
+    shown = text if len(text) <= 60 else f"{text[:60]}…"
+    if len(ids) > config.max_prompt_length:
+        raise PromptError(
+            f"prompt {shown!r} has {len(ids)} tokens, model.max_prompt_length is {config.max_prompt_length}; "
+            "shorten the prompt or raise the limit"
+        )
+    if not ids:
+        raise PromptError(f"prompt {shown!r} has no tokens; give some text")
+    return ids
+
+
 class TextPolicy:
     """A TokenPolicy over a native network, or over one of the checkpoint's own code.
 
@@ -80,20 +99,7 @@ class TextPolicy:
 
     def encode(self, text: str) -> TokenPrompts:
         """See TokenPolicy. Raises PromptError for a prompt that is too long, or of no tokens at all."""
-        if self.config.chat_template:
-            turn = [{"role": "user", "content": text}]
-            templated = self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-            ids = self._tokenizer(templated, add_special_tokens=False)["input_ids"]
-        else:
-            ids = self._tokenizer(text)["input_ids"]
-        shown = text if len(text) <= 60 else f"{text[:60]}…"
-        if len(ids) > self.config.max_prompt_length:
-            raise PromptError(
-                f"prompt {shown!r} has {len(ids)} tokens, model.max_prompt_length is "
-                f"{self.config.max_prompt_length}; shorten the prompt or raise the limit"
-            )
-        if not ids:
-            raise PromptError(f"prompt {shown!r} has no tokens; give some text")
+        ids = prompt_ids(self._tokenizer, self.config, text)
         ids_PL = torch.tensor([ids], dtype=torch.int64, device=self.device)
         return TokenPrompts(ids_PL, torch.ones_like(ids_PL, dtype=torch.bool))
 

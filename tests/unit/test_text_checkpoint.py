@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from raylign.errors import ModelError
+from raylign.errors import ModelError, PromptError
 from raylign.models import check_model, export_policy, load_policy
 from raylign.models.dream import DreamConfig
 from raylign.models.llada import LladaConfig
@@ -136,6 +136,14 @@ def test_lengths_beyond_the_models_positions_are_refused(family: type[TextModelC
     check_model(text_config(family, canvas_length=16, max_prompt_length=16))  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"model\.max_prompt_length 16 and model\.canvas_length 17 exceed the 32"):
         check_model(text_config(family, canvas_length=17, max_prompt_length=16))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", [LladaConfig, DreamConfig, TinyTextConfig])
+def test_a_prompt_that_is_too_long_is_named_before_anything_starts(family: type[TextModelConfig]) -> None:
+    config = text_config(family, canvas_length=8, max_prompt_length=6)
+    check_model(config, ["sort 1"])  # type: ignore[arg-type]
+    with pytest.raises(PromptError, match=r"prompt 'sort 1 2 3 4 5 6' has \d+ tokens, model.max_prompt_length is 6"):
+        check_model(config, ["sort 1", "sort 1 2 3 4 5 6"])  # type: ignore[arg-type]
 
 
 def test_special_ids_are_those_of_the_files() -> None:

@@ -41,7 +41,7 @@ def test_a_text_run_is_of_one_kind() -> None:
         ({"eval__gammas": "[-1.0]"}, r"eval.gammas must be at least 0, got -1"),
         (
             {"sampler__type": "left_to_right", "eval__gammas": "[0.1]"},
-            r"eval.gammas are entropy budgets, which sampler 'left_to_right' has not",
+            r"eval.gammas are entropy budgets, and LeftToRightConfig has none",
         ),
         ({"eval__sampler": '{type = "flow_sde"}'}, r"eval.sampler 'flow_sde' draws pictures"),
         (
@@ -49,6 +49,10 @@ def test_a_text_run_is_of_one_kind() -> None:
             r"num_steps.*6",
         ),
         ({"sampler__block_length": "3"}, r"block_length.*3.*8"),
+        (
+            {"model__type": "llada", "model__trust_remote_code": "true", "sampler__cache": "dual"},
+            r"keeps no cache, so model.trust_remote_code needs sampler.cache = 'none'",
+        ),
         ({"algorithm__type": "just_grpo"}, r"needs rollouts from left to right.*set sampler.type = 'left_to_right'"),
         ({"algorithm__clip": "0.2"}, r"unknown key; did you mean `clip_range`"),
     ],
