@@ -140,10 +140,12 @@ def test_lengths_beyond_the_models_positions_are_refused(family: type[TextModelC
 
 @pytest.mark.parametrize("family", [LladaConfig, DreamConfig, TinyTextConfig])
 def test_a_prompt_that_is_too_long_is_named_before_anything_starts(family: type[TextModelConfig]) -> None:
-    config = text_config(family, canvas_length=8, max_prompt_length=14)
+    limit = load_policy(text_config(family), "learner").encode("sort 1").ids_PL.shape[1]  # type: ignore[arg-type]
+    config = text_config(family, max_prompt_length=limit)
     check_model(config, ["sort 1"])  # type: ignore[arg-type]
-    with pytest.raises(PromptError, match=r"prompt 'sort 1 2 3 4 5 6 7 8 9' has \d+ tokens, model.max_prompt_length is 14"):
-        check_model(config, ["sort 1", "sort 1 2 3 4 5 6 7 8 9"])  # type: ignore[arg-type]
+    message = rf"prompt 'sort 12' has \d+ tokens, model.max_prompt_length is {limit}; shorten"
+    with pytest.raises(PromptError, match=message):
+        check_model(config, ["sort 1", "sort 12"])  # type: ignore[arg-type]
 
 
 def test_special_ids_are_those_of_the_files() -> None:
