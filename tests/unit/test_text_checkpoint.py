@@ -143,9 +143,9 @@ def test_a_prompt_that_is_too_long_is_named_before_anything_starts(family: type[
     limit = load_policy(text_config(family), "learner").encode("sort 1").ids_PL.shape[1]  # type: ignore[arg-type]
     config = text_config(family, max_prompt_length=limit)
     check_model(config, ["sort 1"])  # type: ignore[arg-type]
-    message = rf"prompt 'sort 12' has \d+ tokens, model.max_prompt_length is {limit}; shorten"
+    message = rf"prompt 'sort 1 sort 1' has \d+ tokens, model.max_prompt_length is {limit}; shorten"
     with pytest.raises(PromptError, match=message):
-        check_model(config, ["sort 1", "sort 12"])  # type: ignore[arg-type]
+        check_model(config, ["sort 1", "sort 1 sort 1"])  # type: ignore[arg-type]
 
 
 def test_special_ids_are_those_of_the_files() -> None:
