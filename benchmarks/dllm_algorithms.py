@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1")
     parser.add_argument("--steps", type=int, default=60, help="policy updates per run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--hardware", default="", help="what it runs on, in words, for the JSON")
     parser.add_argument("--json", type=Path, default=None, help="also write the JSON to this file")
     parser.add_argument("--table", action="store_true", help="also print a Markdown table to stderr")
     parser.add_argument("overrides", nargs="*", help="configuration overrides for every run, after --")
@@ -124,7 +127,15 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(arguments.jobs) as pool:
         runs = list(pool.map(lambda job: run(job, arguments.steps, Path(scratch), arguments.overrides), jobs))
-    settings = {"steps": arguments.steps, "overrides": arguments.overrides, "by_algorithm": OVERRIDES}
+    settings = {
+        "command": "python " + shlex.join(sys.argv),
+        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
+        "date": datetime.now(tz=UTC).date().isoformat(),
+        "hardware": arguments.hardware,
+        "steps": arguments.steps,
+        "overrides": arguments.overrides,
+        "by_algorithm": OVERRIDES,
+    }
     text = json.dumps({**settings, "runs": runs}, indent=1)
     print(text)
     if arguments.table:
