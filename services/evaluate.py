@@ -61,6 +61,8 @@ def evaluate_target(
         config = load_config(RunConfig, target / "config.toml", overrides)
     if config.prompts.heldout is None:
         raise ConfigError("evaluate needs held-out prompts; set prompts.heldout in the configuration")
+    if pictures is not None and config.modality == "text":
+        raise ConfigError("--pictures was given, but this model writes texts; leave it out")
     snapshot = None
     if is_run:
         tensors = trained_tensors(target)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from raylign.config import load_config
 from raylign.errors import ConfigError
 from services.assembly import evaluation_sampler
 from services.config import RunConfig
+from services.evaluate import evaluate_target
 
 TEXT = {"model.type": "tiny_text", "model.path": "somewhere", "sampler.type": "entropy_bounded", "algorithm.type": "d1"}
 
@@ -78,3 +81,8 @@ def test_a_learned_budget_and_its_head_go_together() -> None:
     assert config.eval.gammas == (0.05, 0.3)
     assert config.learner.budget_lr_scale == 50
     assert load(learner__epochs_per_step="3", learner__updates_per_step="2").learner.num_updates == 6
+
+
+def test_pictures_of_a_text_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="this model writes texts; leave it out"):
+        evaluate_target(tmp_path, "quickstart_text", {}, tmp_path / "grid.png")
