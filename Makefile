@@ -41,7 +41,7 @@ typecheck: $(STAMP)  ## pyright
 
 test-fast: $(STAMP)  ## Unit, contract and numeric tests (no Ray)
 	@echo "== pytest: unit, contract, numeric"
-	$(BIN)/python -m pytest tests --ignore=tests/service --ignore=tests/vllm $(ARGS)
+	$(BIN)/python -m pytest tests --ignore=tests/service --ignore=tests/vllm -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-service: $(STAMP)  ## Tests on a local Ray cluster, processes really killed
 	@echo "== pytest: service"
