@@ -54,7 +54,8 @@ class NetworkClock:
     def __init__(self, policy: TextPolicy) -> None:
         self.cpu_s = 0.0
         self._started_s = 0.0
-        for module in (policy.network, policy.network.lm_head):
+        network: Any = policy.network
+        for module in (network, network.lm_head):
             module.register_forward_pre_hook(self._start)
             module.register_forward_hook(self._stop)
 

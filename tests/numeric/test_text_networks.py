@@ -154,13 +154,14 @@ def test_prompt_features_are_the_mean_of_the_last_hidden_states(family: type[Tex
     # The output layer is linear, so its logits of the mean feature are the mean of the raw logits.
     policy = load_policy(text_config(family), "rollout")
     assert isinstance(policy, TextPolicy)
+    network: Any = policy.network
     reference, tensors = REFERENCES[family]
     canvas = half_filled(policy)[:1]
     prompts = policy.encode(TEXTS[0])
     with torch.no_grad():
         features = policy.predict(canvas, prompts).prompt_features_BD
         assert features is not None
-        found = policy.network.lm_head(features)[0]
+        found = network.lm_head(features)[0]
     raw = reference(tensors, torch.cat([prompts.ids_PL[0], canvas[0]]))
     first = 1 if family is DreamConfig else 0  # Dream's are read one place further on
     wanted = raw[first : first + prompts.ids_PL.shape[1]].mean(dim=0)
