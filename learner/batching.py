@@ -203,15 +203,12 @@ class StepData:
         )
 
     def _tokens(self, rows: Sequence[Row]) -> TokenTrajectory:
-        """The rows' trajectories as one; every field of a valid row is finite.
-
-        Budgets are kept where a head chose them: others may be 0, whose logarithm is not finite.
-        """
-        columns: list[torch.Tensor | None] = []
+        """The rows' trajectories as one; every field of a valid row is finite."""
         first = self.groups[rows[0].group].tokens
-        for name in TokenTrajectory.__dataclass_fields__:
-            absent = getattr(first, name) is None or (name == "log_gamma_G" and first.budget_features_GD is None)
-            columns.append(None if absent else torch.stack([self._row(row, name) for row in rows]))
+        columns = [
+            None if getattr(first, name) is None else torch.stack([self._row(row, name) for row in rows])
+            for name in TokenTrajectory.__dataclass_fields__
+        ]
         return TokenTrajectory(*columns)  # type: ignore[arg-type]  # in the order of its fields
 
     def _budget_adv(self, rows: Sequence[Row]) -> torch.Tensor:

@@ -54,7 +54,8 @@ class LearnerConfig(Config):
     updates_per_step: int = Field(default=1, ge=1)
     """Optimiser steps per pass over the step's samples; each takes its share of them."""
     epochs_per_step: int = Field(default=1, ge=1)
-    """Passes over each step's samples (the inner updates mu of the diffusion-LM papers)."""
+    """Passes over each step's samples (the inner updates mu of the diffusion-LM papers): texts are noised anew in each,
+    pictures are not."""
     budget_lr_scale: float = Field(default=50.0, gt=0)
     """The budget head's learning rate over `lr`; it has a gradient clip of its own."""
     micro_batch_size: int | None = Field(default=None, ge=1)

@@ -7,7 +7,7 @@ rollout's guidance and in the rollout's batch shapes, so that on policy the rati
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -27,7 +27,6 @@ from raylign.types import Advantage, Needs, RolloutGroup
 class FlowGrpoConfig(Config):
     """Flow-GRPO with its Stable Diffusion 3.5 Medium setting (OCR and GenEval)."""
 
-    modality: ClassVar[str] = "image"
     type: Literal["flow_grpo"] = "flow_grpo"
     clip_range: float = Field(default=1e-4, gt=0, lt=1)
     """Ratios beyond 1 ± this get no gradient in the advantage's direction; small, as log-probs are means over dims."""

@@ -8,7 +8,7 @@ guidance whatever the rollouts used, as in the paper.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -47,7 +47,6 @@ class OldDecay(Config):
 class NftConfig(Config):
     """DiffusionNFT with its released single-reward setting."""
 
-    modality: ClassVar[str] = "image"
     type: Literal["nft"] = "nft"
     beta: float = Field(default=1.0, gt=0)
     """How far v± lie from v_old; .1 for OCR and multi-reward in the paper."""

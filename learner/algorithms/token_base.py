@@ -30,8 +30,6 @@ from raylign.types import Advantage, Needs, RolloutGroup
 class TokenAlgorithmConfig(Config):
     """Keys that every algorithm for text has; each algorithm sets its paper's defaults."""
 
-    modality: ClassVar[str] = "text"
-
     baseline: Baseline = "mean"
     """What a sample's reward is compared with: the group's mean, or that of its siblings alone."""
     advantage_std: SampleStd = "none"

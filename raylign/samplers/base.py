@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Protocol
 
 import torch
 
@@ -48,7 +48,6 @@ class Transition:
 class Sampler(Protocol):
     """One step's distribution, bound to a schedule. Adding one: `samplers/__init__.py` holds the table."""
 
-    modality: ClassVar[Literal["image"]]
     stochastic: bool
     """Whether steps have a density, so that LOGPROBS can be recorded."""
     sigmas_S1: torch.Tensor

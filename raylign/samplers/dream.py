@@ -12,7 +12,7 @@ made; `origin` reveals that many positions at random, where Dream lets each one 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -46,7 +46,6 @@ class DreamConfig(TokenSamplerConfig):
 class Dream:
     """See the module's docstring."""
 
-    modality: ClassVar[Literal["text"]] = "text"
     stochastic = True
 
     def __init__(self, config: DreamConfig, canvas_length: int) -> None:

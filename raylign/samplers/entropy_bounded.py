@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -58,7 +58,6 @@ class EntropyBoundedConfig(BlockSamplerConfig):
 class EntropyBounded:
     """See the module's docstring."""
 
-    modality: ClassVar[Literal["text"]] = "text"
     stochastic = True
     draws_order = False
 

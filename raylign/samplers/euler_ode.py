@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -26,7 +26,6 @@ class EulerOdeConfig(Config):
 class EulerOde:
     """See the module's docstring."""
 
-    modality: ClassVar[Literal["image"]] = "image"
     stochastic = False
 
     def __init__(self, config: EulerOdeConfig, sigmas_S1: torch.Tensor) -> None:

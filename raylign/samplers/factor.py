@@ -10,7 +10,7 @@ after.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -29,7 +29,6 @@ class FactorConfig(BlockSamplerConfig):
 class Factor:
     """See the module's docstring."""
 
-    modality: ClassVar[Literal["text"]] = "text"
     stochastic = True
     draws_order = False
 

@@ -11,7 +11,7 @@ sigma* = sigma, except that the first level 1 uses the second level (the coeffic
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -37,7 +37,6 @@ class FlowSdeConfig(Config):
 class FlowSde:
     """See the module's docstring."""
 
-    modality: ClassVar[Literal["image"]] = "image"
     stochastic = True
 
     def __init__(self, config: FlowSdeConfig, sigmas_S1: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ longer blocks are for caches.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -25,7 +25,6 @@ class LeftToRightConfig(BlockSamplerConfig):
 class LeftToRight:
     """See the module's docstring."""
 
-    modality: ClassVar[Literal["text"]] = "text"
     stochastic = True
     draws_order = False
 

@@ -10,7 +10,7 @@ i of a block, so that a block of B positions takes about log2 B calls.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -45,7 +45,6 @@ class LowConfidenceConfig(BlockSamplerConfig):
 class LowConfidence:
     """See the module's docstring."""
 
-    modality: ClassVar[Literal["text"]] = "text"
     stochastic = True
     draws_order = False
 

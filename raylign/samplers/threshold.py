@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -21,7 +21,6 @@ class ThresholdConfig(BlockSamplerConfig):
 class Threshold:
     """See the module's docstring."""
 
-    modality: ClassVar[Literal["text"]] = "text"
     stochastic = True
     draws_order = False
 

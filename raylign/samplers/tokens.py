@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Protocol
 
 import torch
 from pydantic import Field
@@ -140,7 +140,6 @@ class Candidates:
 class TokenSampler(Protocol):
     """A rule bound to a canvas. Adding one: `samplers/__init__.py` holds the table."""
 
-    modality: ClassVar[Literal["text"]]
     stochastic: bool
     """Whether draws have a log-prob; always, for text."""
     draws_order: bool

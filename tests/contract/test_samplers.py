@@ -124,11 +124,6 @@ def candidates(seed: int, masked_BL: torch.Tensor, step: int = 0) -> Candidates:
     return Candidates(transition, tokens, masked_BL, 0, step, 1, gamma_B=gamma, order_BL=order)
 
 
-@pytest.mark.parametrize("config_cls", SAMPLERS)
-def test_the_tables_modality_is_the_samplers(config_cls: type) -> None:
-    assert SAMPLERS[config_cls].modality == ("image" if config_cls in IMAGE_SAMPLERS else "text")
-
-
 @TEXT_ROWS
 def test_a_text_sampler_is_named_in_the_configuration_and_has_the_common_keys(config_cls: type) -> None:
     tag = config_cls.model_fields["type"].default
