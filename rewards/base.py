@@ -37,13 +37,28 @@ class RewardConfig(Config):
     """Its share in the mix; negative when lower values are better."""
     required: bool = True
     """Whether a sample fails when this reward fails; otherwise the others share its weight."""
+    only_eval: bool = False
+    """Scored in evaluations only, never part of the reward: a held-out metric, with weight 0 and never required."""
 
     @model_validator(mode="before")
     @classmethod
-    def _name_after_type(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and not data.get("name"):
-            return {**data, "name": cls.model_fields["type"].default}
-        return data
+    def _fill_in(cls, data: Any) -> Any:
+        """A name, and what a held-out metric weighs, where they are not given."""
+        if not isinstance(data, Mapping):
+            return data
+        filled: dict[str, Any] = {"weight": 0.0, "required": False} if data.get("only_eval") is True else {}
+        filled |= data
+        filled["name"] = data.get("name") or cls.model_fields["type"].default
+        return filled
+
+    @model_validator(mode="after")
+    def _held_out_metrics_stay_out(self) -> RewardConfig:
+        if self.only_eval and (self.weight or self.required):
+            raise ValueError(
+                f"reward {self.name!r} is only_eval, a held-out metric, so it cannot have weight {self.weight:g} or "
+                f"required = {str(self.required).lower()}; leave both out, or set only_eval = false to train on it"
+            )
+        return self
 
 
 class Params(Config):

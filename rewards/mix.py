@@ -46,7 +46,7 @@ def weighted_sums(values_by_reward: Mapping[str, Values], asks: Sequence[Weighed
     """The sum of weight * value of each sample; finite, or None.
 
     A missing required value leaves no total. A missing optional one is left out and the other weights grow so that
-    their magnitudes sum to the same, which keeps totals comparable.
+    their magnitudes sum to the same, which keeps totals comparable. An optional one of weight 0 is never missed.
     """
     columns = [values_by_reward[ask.name] for ask in asks]
     return [_weighted_sum(values, asks) for values in zip(*columns, strict=True)]
@@ -63,7 +63,7 @@ def _weighted_sum(values: Sequence[float | None], asks: Sequence[Weighed]) -> To
             total += ask.weight * value
         elif ask.required:
             return Total(None)
-        else:
+        elif ask.weight:
             complete = False
     if not complete:
         if weight_left == 0:
@@ -163,13 +163,18 @@ class RewardMix:
                 reward.check(prompt)
 
     async def score(
-        self, samples: Sequence[RewardSample], only: Collection[str] | None = None
+        self, samples: Sequence[RewardSample], evaluation: bool = False, only: Collection[str] | None = None
     ) -> list[RewardBreakdown]:
-        """One breakdown per sample, in order; `only` restricts the mix to rewards of these names.
+        """One breakdown per sample, in order; held-out metrics (`only_eval`) are asked in an `evaluation` only.
 
-        If a reward compares, the samples of each `group_id` are scored together.
+        `only` restricts the mix to rewards of these names. If a reward compares, the samples of each `group_id` are
+        scored together.
         """
-        chosen = [(config, reward) for config, reward in self.rewards if only is None or config.name in only]
+        chosen = [
+            (config, reward)
+            for config, reward in self.rewards
+            if (evaluation or not config.only_eval) and (only is None or config.name in only)
+        ]
         if any_compares(reward for _, reward in chosen):
             return await in_groups(samples, lambda group: self._mix(group, chosen))
         return await self._mix(samples, chosen)

@@ -196,6 +196,10 @@ class RunConfig(Config):
             raise ValueError(
                 f"in_process runs one thing at a time, so max_staleness must be 0, got {self.max_staleness}"
             )
+        if all(reward.only_eval for reward in self.rewards):
+            raise ValueError(
+                "every reward is only_eval, so there is nothing to train on; add a [[rewards]] table without it"
+            )
         self.reward_service.check_per_reward([reward.name for reward in self.rewards])
         if self.placement == "in_process" and self.reward_service.transport == "http":
             raise ValueError("in_process scores in its own process; reward_service.transport = 'http' needs a cluster")

@@ -134,12 +134,12 @@ class Controller:
         snapshot = await self._learner.publish(step, "current")
         await self._fleet.pull(snapshot, "eval")
         requests = chunk_requests(self._heldout, samples, chunk, "eval")
-        groups = await self._make_groups(requests)
+        groups = await self._make_groups(requests, evaluation=True)
         self._check_failures(groups, f"evaluation at step {step}")
         self._observer.evaluated(step, groups)
         if self._config.eval.gammas and step in (0, self._config.num_steps):
             sweeps = {
-                gamma: await self._make_groups([replace(request, gamma=gamma) for request in requests])
+                gamma: await self._make_groups([replace(one, gamma=gamma) for one in requests], evaluation=True)
                 for gamma in self._config.eval.gammas
             }
             self._observer.swept(step, sweeps)
@@ -157,13 +157,13 @@ class Controller:
         for group in await self._make_groups(requests):
             await self._buffer.put(group.sequence, group)
 
-    async def _make_groups(self, requests: Sequence[ChunkRequest]) -> list[RolloutGroup]:
+    async def _make_groups(self, requests: Sequence[ChunkRequest], evaluation: bool = False) -> list[RolloutGroup]:
         """Draw chunks, join the parts of each group, and score each group as soon as it is whole."""
 
         async def drawn_and_scored(parts: Sequence[ChunkRequest]) -> list[RolloutGroup]:
             chunks = await asyncio.gather(*(self._fleet.generate(request) for request in parts))
             joined = [join_parts([chunk[place] for chunk in chunks]) for place in range(len(chunks[0]))]
-            return await score_groups(self._scorer, joined)
+            return await score_groups(self._scorer, joined, evaluation)
 
         whole: dict[int, list[ChunkRequest]] = {}
         for request in requests:

@@ -122,7 +122,7 @@ async def _score_all(
     requests = [replace(request, gamma=way.gamma) for request in chunk_requests(tasks, samples, samples * 4, "eval")]
     for request in track(requests, description=way.name):
         for group in engine.generate(request):
-            groups += await score_groups(scorer, [group])
+            groups += await score_groups(scorer, [group], evaluation=True)
     return groups
 
 

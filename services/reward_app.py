@@ -51,7 +51,6 @@ class RewardService:
         stages: Sequence[Sequence[str]],
         drain_timeout_s: float,
         scorer: HandleScorer,
-        asks: Sequence[RewardAsk],
         local: RewardMix,
         address: str | None,
     ) -> None:
@@ -59,7 +58,9 @@ class RewardService:
         self._stages = stages
         self._drain_timeout_s = drain_timeout_s
         self._scorer = scorer
-        self._asks = list(asks)
+        configs = [config for config, _ in local.rewards]
+        self._eval_asks = [RewardAsk(config.name, config.weight, config.required) for config in configs]
+        self._asks = [ask for ask, config in zip(self._eval_asks, configs, strict=True) if not config.only_eval]
         self._check = local.check
         self.compares = any_compares(reward for _, reward in local.rewards)
         """Whether a reward scores a group as a whole."""
@@ -109,22 +110,24 @@ class RewardService:
             stages,
             service.drain_timeout_s,
             HandleScorer(rewards, handles, service),
-            [RewardAsk(config.name, config.weight, config.required) for config in rewards],
             make_mix(rewards),
             f"http://{service.host}:{service.port}" if with_http else None,
         )
 
-    async def score(self, samples: Sequence[RewardSample]) -> list[RewardBreakdown]:
+    async def score(self, samples: Sequence[RewardSample], evaluation: bool = False) -> list[RewardBreakdown]:
         """One breakdown per sample, in order, mixed as configured; errors are values.
 
-        If a reward compares, the samples of each `group_id` are scored together.
+        Held-out metrics are asked in an `evaluation` only. If a reward compares, the samples of each `group_id` are
+        scored together.
         """
-        if self.compares:
-            return await in_groups(samples, self._score_group)
-        return mix(await self._scorer.score(samples, self._asks), self._asks)
+        asks = self._eval_asks if evaluation else self._asks
 
-    async def _score_group(self, samples: Sequence[RewardSample]) -> list[RewardBreakdown]:
-        return mix(await self._scorer.score_group(samples, self._asks), self._asks)
+        async def score_group(group: Sequence[RewardSample]) -> list[RewardBreakdown]:
+            return mix(await self._scorer.score_group(group, asks), asks)
+
+        if self.compares:
+            return await in_groups(samples, score_group)
+        return mix(await self._scorer.score(samples, asks), asks)
 
     def check(self, prompt: Prompt) -> None:
         """Raise PromptError if a required reward can never score samples of this prompt."""

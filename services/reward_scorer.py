@@ -240,7 +240,7 @@ def _num_bytes(samples: Sequence[RewardSample]) -> int:
 
 def _kind(config: RewardConfig) -> str:
     """The reward's type and settings. A version tells what rule and model score, not what a remote reward is asked."""
-    return config.model_dump_json(exclude={"name", "weight", "required"})
+    return config.model_dump_json(exclude={"name", "weight", "required", "only_eval"})
 
 
 def _facts_of(info: RewardInfo) -> RewardFacts:

@@ -40,8 +40,11 @@ class Fleet(Protocol):
 class Scorer(Protocol):
     """The reward models and their mix."""
 
-    async def score(self, samples: Sequence[RewardSample]) -> list[RewardBreakdown]:
-        """One breakdown per sample, in order; a failure is an error in it, never a number."""
+    async def score(self, samples: Sequence[RewardSample], evaluation: bool = False) -> list[RewardBreakdown]:
+        """One breakdown per sample, in order; a failure is an error in it, never a number.
+
+        Held-out metrics (`only_eval`) are asked in an `evaluation` only, and count nothing there.
+        """
         ...
 
 

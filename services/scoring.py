@@ -14,27 +14,36 @@ from services.roles import Scorer
 class HttpScorer:
     """Scores a run's samples as any other client of the service would; lossless pictures give the same values."""
 
-    def __init__(self, client: RewardClient, compares: bool) -> None:
-        """`compares`: whether a reward scores a group as a whole, so that each group goes in a request of its own."""
+    def __init__(self, client: RewardClient, compares: bool, trained: Sequence[str]) -> None:
+        """`compares`: whether a reward scores a group as a whole, so that each group goes in a request of its own.
+
+        `trained`: the names of the rewards that are no held-out metrics.
+        """
         self._client = client
         self._compares = compares
+        self._trained = tuple(trained)
 
-    async def score(self, samples: Sequence[RewardSample]) -> list[RewardBreakdown]:
-        """One breakdown per sample, in order; errors are values."""
+    async def score(self, samples: Sequence[RewardSample], evaluation: bool = False) -> list[RewardBreakdown]:
+        """One breakdown per sample, in order; errors are values. An evaluation asks the held-out metrics as well."""
+        only = None if evaluation else self._trained
+
+        async def score_group(group: Sequence[RewardSample]) -> list[RewardBreakdown]:
+            return (await self._client.score_group(group, only)).breakdowns
+
         if self._compares:
-            return await in_groups(samples, self._score_group)
-        return await self._client.score(samples)
+            return await in_groups(samples, score_group)
+        return await self._client.score(samples, only)
 
     async def close(self) -> None:
         """Close its connections."""
         await self._client.aclose()
 
-    async def _score_group(self, samples: Sequence[RewardSample]) -> list[RewardBreakdown]:
-        return (await self._client.score_group(samples)).breakdowns
 
+async def score_groups(scorer: Scorer, groups: Sequence[RolloutGroup], evaluation: bool = False) -> list[RolloutGroup]:
+    """Rewards for every sample that was drawn, in one call; one that was not has an error in place of a reward.
 
-async def score_groups(scorer: Scorer, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-    """Rewards for every sample that was drawn, in one call; one that was not has an error in place of a reward."""
+    In an `evaluation` the held-out metrics are asked as well.
+    """
     samples = [
         RewardSample(
             id=f"{group.prompt.id}/{group.visit}/{rollout.key.sample_index}",
@@ -48,7 +57,7 @@ async def score_groups(scorer: Scorer, groups: Sequence[RolloutGroup]) -> list[R
         if rollout.status is RolloutStatus.OK
     ]
     started_s = time.perf_counter()
-    scores = iter(await scorer.score(samples) if samples else [])
+    scores = iter(await scorer.score(samples, evaluation) if samples else [])
     share = (time.perf_counter() - started_s) / len(groups)
     scored: list[RolloutGroup] = []
     for group in groups:

@@ -151,7 +151,8 @@ def _http_scorer(config: RunConfig, service: RewardService) -> HttpScorer:
     slowest_s = max(settings.serving(reward.name).timeout_s for reward in config.rewards)
     assert service.address is not None  # it was started with its HTTP face
     client = RewardClient(service.address, settings.read_token(), timeout_s=2 * slowest_s + 30)
-    return HttpScorer(client, service.compares)
+    trained = [reward.name for reward in config.rewards if not reward.only_eval]
+    return HttpScorer(client, service.compares, trained)
 
 
 @asynccontextmanager

@@ -122,13 +122,15 @@ class FakeFleet:
 
 
 class FakeScorer:
-    """Scores each sample with a function; None is a failure."""
+    """Scores each sample with a function; None is a failure. Remembers whether each call was an evaluation."""
 
     def __init__(self, value: Callable[[RewardSample], float | None] = lambda sample: 1.0) -> None:
         self._value = value
+        self.evaluations: list[bool] = []
 
-    async def score(self, samples: Sequence[RewardSample]) -> list[RewardBreakdown]:
+    async def score(self, samples: Sequence[RewardSample], evaluation: bool = False) -> list[RewardBreakdown]:
         await asyncio.sleep(0)
+        self.evaluations.append(evaluation)
         return [breakdown(self._value(sample)) for sample in samples]
 
 
