@@ -18,6 +18,7 @@ from rewards.countdown import CountdownConfig, CountdownReward
 from rewards.exact_answer import ExactAnswerConfig, ExactAnswerReward
 from rewards.format_tags import FormatTagsConfig, FormatTagsReward
 from rewards.geneval import GenevalConfig, GenevalReward
+from rewards.glyph_pixels import GlyphPixelsConfig, GlyphPixelsReward
 from rewards.hps import HpsConfig, HpsReward
 from rewards.imagereward import ImageRewardConfig, ImageRewardReward
 from rewards.jpeg import JpegConfig, JpegReward
@@ -25,15 +26,20 @@ from rewards.judging.r3_judge import R3Config
 from rewards.math_answer import MathAnswerConfig, MathAnswerReward
 from rewards.mix import RewardMix, check_names, mix
 from rewards.ocr import OcrConfig, OcrReward
+from rewards.palette import PaletteConfig, PaletteReward
 from rewards.pickscore import PickScoreConfig, PickScoreReward
 from rewards.r3 import R3Reward
 from rewards.remote_reward import RemoteConfig, RemoteReward
+from rewards.sharpness import SharpnessConfig, SharpnessReward
 from rewards.sudoku import SudokuConfig, SudokuReward
 from rewards.vlm_judge import VlmJudgeConfig, VlmJudgeReward
 
 AnyRewardConfig = (
     OcrConfig
     | JpegConfig
+    | GlyphPixelsConfig
+    | PaletteConfig
+    | SharpnessConfig
     | GenevalConfig
     | ClipScoreConfig
     | PickScoreConfig
@@ -54,6 +60,9 @@ RewardUnion = Annotated[AnyRewardConfig, Field(discriminator="type")]
 REWARDS = {
     OcrConfig: OcrReward,
     JpegConfig: JpegReward,
+    GlyphPixelsConfig: GlyphPixelsReward,
+    PaletteConfig: PaletteReward,
+    SharpnessConfig: SharpnessReward,
     GenevalConfig: GenevalReward,
     ClipScoreConfig: ClipScoreReward,
     PickScoreConfig: PickScoreReward,
@@ -99,6 +108,8 @@ __all__ = [
     "FormatTagsReward",
     "GenevalConfig",
     "GenevalReward",
+    "GlyphPixelsConfig",
+    "GlyphPixelsReward",
     "HpsConfig",
     "HpsReward",
     "ImageRewardConfig",
@@ -109,6 +120,8 @@ __all__ = [
     "MathAnswerReward",
     "OcrConfig",
     "OcrReward",
+    "PaletteConfig",
+    "PaletteReward",
     "PickScoreConfig",
     "PickScoreReward",
     "R3Config",
@@ -119,6 +132,8 @@ __all__ = [
     "RewardConfig",
     "RewardMix",
     "RewardUnion",
+    "SharpnessConfig",
+    "SharpnessReward",
     "SudokuConfig",
     "SudokuReward",
     "VlmJudgeConfig",
