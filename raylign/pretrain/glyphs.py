@@ -8,67 +8,45 @@ habits. A base that merely trained too little would not move.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 
-from raylign.models.tiny_sd3 import VAE_FACTOR, TinySD3Config, build_tiny_sd3
+from raylign.models.tiny_sd3 import build_tiny_sd3
 from raylign.pretrain import glyph_pictures as pictures
+from raylign.pretrain.flow_training import (
+    FlowTrainingConfig,
+    OnProgress,
+    StageConfig,
+    save,
+    stack_pictures,
+    train_stage,
+    train_vae,
+)
 from raylign.pretrain.glyph_prompts import held_out_targets, write_prompt_files
-from raylign.pretrain.null_tokens import train_with_null_tokens
-from raylign.pretrain.shards import ShardedBackward
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
-
-OnProgress = Callable[[str, int, int, Mapping[str, float]], None]
-"""Called with (stage, step, num_steps, metrics) every few steps."""
-PROGRESS_EVERY = 20
+    from diffusers import AutoencoderTiny
 
 
-class StageConfig(BaseModel):
-    """One stretch of velocity-model training."""
+class GlyphsStage(StageConfig):
+    """One stretch of training, and which pictures it sees."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    num_steps: int
-    lr: float
-    lr_end: float
-    """The learning rate goes from `lr` to `lr_end` along a half cosine."""
-    warmup_steps: int = 100
     flawed_share: float = 0.0
     wrong_colour_share: float = 0.0
     jitter: int = 0
 
 
-class GlyphsConfig(BaseModel):
+class GlyphsConfig(FlowTrainingConfig):
     """Everything that decides the resulting weights; the defaults made the embedded model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seed: int = 0
-    num_shards: int = 2
-    """Threads that share a batch. More is no use on two cores; the number changes rounding, hence the weights."""
-    batch_size: int = 64
-    vae_steps: int = 1500
-    vae_lr: float = 2e-3
-    ema_decay: float = 0.995
-    prompt_dropout: float = 0.08
-    """Share of prompts replaced by the empty one, so that classifier-free guidance has its other half."""
-    max_null_tokens: int = 256
-    """The number of zero tokens after the prompt is drawn between 1 and this (diffusers' default is 256)."""
-    model: TinySD3Config = TinySD3Config()
-    stages: tuple[StageConfig, ...] = (
-        StageConfig(name="clean", num_steps=3000, lr=1e-3, lr_end=2e-4),
-        StageConfig(
+    stages: tuple[GlyphsStage, ...] = (
+        GlyphsStage(name="clean", num_steps=3000, lr=1e-3, lr_end=2e-4),
+        GlyphsStage(
             name="scraped",
             num_steps=200,
             lr=5e-4,
@@ -86,19 +64,16 @@ def pretrain(out_dir: Path, config: GlyphsConfig, on_progress: OnProgress | None
     torch.set_num_threads(1)  # see shards.py
     progress = on_progress or (lambda *_: None)
     pipe = build_tiny_sd3(pictures.TEMPLATE_WORDS, pictures.CHARACTERS, config.seed, config.model)
-    summary = {"vae_loss": train_vae(cast("AutoencoderTiny", pipe.vae), config, progress)}
+    vae_mix = pictures.PictureMix(flawed_share=0.5, wrong_colour_share=0.1, jitter=2, word_share=0.2)
+    vae_batches = picture_batches((config.seed, 1), vae_mix, config.batch_size)
+    summary = {"vae_loss": train_vae(cast("AutoencoderTiny", pipe.vae), config, vae_batches, progress)}
     for index, stage in enumerate(config.stages):
-        summary[f"{stage.name}_loss"] = train_stage(pipe, config, index, progress)
+        mix = pictures.PictureMix(stage.flawed_share, stage.wrong_colour_share, stage.jitter)
+        batches = picture_batches((config.seed, 2, index), mix, config.batch_size)
+        summary[f"{stage.name}_loss"] = train_stage(pipe, config, stage, index, batches, progress)
     save(pipe, out_dir)
     write_prompt_files(out_dir)
     return summary | {"seconds": time.perf_counter() - started}
-
-
-def save(pipe: StableDiffusion3Pipeline, out_dir: Path) -> None:
-    """A diffusers directory; the transformer, which is nearly all of it, in half precision."""
-    pipe.transformer.half()
-    pipe.save_pretrained(out_dir, safe_serialization=True)
-    pipe.transformer.float()
 
 
 def picture_batches(
@@ -109,184 +84,4 @@ def picture_batches(
     excluded = held_out_targets()
     while True:
         examples = [pictures.draw_example(rng, mix, excluded) for _ in range(batch_size)]
-        stacked = torch.from_numpy(np.stack([example.picture for example in examples]))
-        yield [example.prompt for example in examples], stacked.permute(0, 3, 1, 2).float() / 127.5 - 1.0
-
-
-def train_vae(vae: AutoencoderTiny, config: GlyphsConfig, progress: OnProgress) -> float:
-    """Trains encoder and decoder, then records the latents' scale in the VAE's config; returns the last loss.
-
-    Noise on the latents makes the decoder forgiving (six Euler steps land near a latent, not on it); the moment
-    penalty keeps channels centred and of one size, since SD3 has one scale and one shift for all of them.
-    """
-    mix = pictures.PictureMix(flawed_share=0.5, wrong_colour_share=0.1, jitter=2, word_share=0.2)
-    batches = picture_batches((config.seed, 1), mix, config.batch_size)
-    draws = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.Adam(vae.parameters(), lr=config.vae_lr)
-    backward = ShardedBackward(vae.parameters(), config.num_shards)
-    loss = math.nan
-    for step in range(config.vae_steps):
-        set_lr(optimizer, cosine(step / config.vae_steps, config.vae_lr, config.vae_lr / 50))
-        images = next(batches)[1].chunk(config.num_shards)
-        noise_seed = int(torch.randint(2**62, (), generator=draws))
-        loss = backward(lambda shard, images=images, seed=noise_seed: vae_loss(vae, images[shard], seed + shard))
-        optimizer.step()
-        report(progress, "vae", step, config.vae_steps, loss)
-    with torch.no_grad():
-        latents = torch.cat([encode_images(vae, next(batches)[1]) for _ in range(16)])
-    vae.register_to_config(scaling_factor=1.0 / latents.std().item(), shift_factor=latents.mean().item())
-    vae.requires_grad_(False)
-    return loss
-
-
-def encode_images(vae: AutoencoderTiny, images: torch.Tensor) -> torch.Tensor:
-    """Pictures B,3,H,W in [-1, 1] to raw latents B,C,H/4,W/4."""
-    return vae.encode(images, return_dict=False)[0]
-
-
-def vae_loss(vae: AutoencoderTiny, images: torch.Tensor, noise_seed: int) -> torch.Tensor:
-    """Reconstruction of pictures B,3,H,W through noisy latents, plus the moment penalty."""
-    latents = encode_images(vae, images)
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(noise_seed))
-    errors = vae.decode(latents + 0.1 * noise, return_dict=False)[0] - images
-    moments = latents.mean((0, 2, 3)).square().mean() + (latents.std((0, 2, 3)) - 1).square().mean()
-    return errors.square().mean() + 0.2 * errors.abs().mean() + 0.05 * moments
-
-
-def train_stage(pipe: StableDiffusion3Pipeline, config: GlyphsConfig, index: int, progress: OnProgress) -> float:
-    """Flow matching through one stage, which leaves its averaged weights in `pipe`. Returns the last loss.
-
-    A stage depends on the weights it finds and on nothing else: optimiser, average and draws start anew.
-    """
-    stage = config.stages[index]
-    modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]).train()
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=stage.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    backward = ShardedBackward(modules.parameters(), config.num_shards)
-    average = {name: p.detach().clone() for name, p in modules.named_parameters()}
-    mix = pictures.PictureMix(stage.flawed_share, stage.wrong_colour_share, stage.jitter)
-    batches = picture_batches((config.seed, 2, index), mix, config.batch_size)
-    draws = torch.Generator().manual_seed(int(np.random.default_rng((config.seed, 3, index)).integers(2**62)))
-    loss = math.nan
-    with train_with_null_tokens(pipe.transformer, config.max_null_tokens) as draw_num_null_tokens:
-        for step in range(stage.num_steps):
-            warmup = min(1.0, (step + 1) / stage.warmup_steps)
-            set_lr(optimizer, warmup * cosine(step / stage.num_steps, stage.lr, stage.lr_end))
-            draw_num_null_tokens(draws)
-            prompts, images = next(batches)
-            prompts = drop_prompts(prompts, config.prompt_dropout, draws)
-            shards = FlowBatch.draw(pipe, prompts, images, draws).shards(config.num_shards)
-            loss = backward(lambda shard, shards=shards: flow_loss(pipe, shards[shard]))
-            torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-            optimizer.step()
-            update_average(average, modules, config.ema_decay)
-            report(progress, stage.name, step, stage.num_steps, loss)
-    with torch.no_grad():
-        for name, p in modules.named_parameters():
-            p.copy_(average[name])
-    modules.eval()
-    return loss
-
-
-@dataclass(frozen=True)
-class FlowBatch:
-    """What the velocity model trains on; everything random is drawn here, before the batch goes to threads."""
-
-    images: torch.Tensor
-    """B,3,H,W in [-1, 1]."""
-    tokens: tuple[torch.Tensor, torch.Tensor]
-    """B,L for each CLIP."""
-    eps: torch.Tensor
-    """Noise, in the shape of the latents."""
-    t: torch.Tensor
-    """B, uniform in [0, 1]; 1 is noise."""
-
-    @classmethod
-    def draw(
-        cls, pipe: StableDiffusion3Pipeline, prompts: list[str], images: torch.Tensor, draws: torch.Generator
-    ) -> FlowBatch:
-        num, _, height, width = images.shape
-        latent_shape = (num, pipe.transformer.config.in_channels, height // VAE_FACTOR, width // VAE_FACTOR)
-        return cls(
-            images=images,
-            tokens=tokenize(pipe, prompts),
-            eps=torch.randn(latent_shape, generator=draws),
-            t=torch.rand(num, generator=draws),
-        )
-
-    def shards(self, num_shards: int) -> list[FlowBatch]:
-        """Equal consecutive parts."""
-        parts = zip(*(x.chunk(num_shards) for x in (self.images, *self.tokens, self.eps, self.t)), strict=True)
-        return [FlowBatch(images, (one, two), eps, t) for images, one, two, eps, t in parts]
-
-
-def flow_loss(pipe: StableDiffusion3Pipeline, batch: FlowBatch) -> torch.Tensor:
-    """Mean squared error of the predicted velocity against eps - x0."""
-    with torch.no_grad():
-        latents = encode_images(cast("AutoencoderTiny", pipe.vae), batch.images)
-        clean = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
-    states, pooled = encode_tokens(pipe, batch.tokens)
-    t_wide = batch.t[:, None, None, None]
-    velocity = pipe.transformer(
-        hidden_states=(1 - t_wide) * clean + t_wide * batch.eps,
-        encoder_hidden_states=states,
-        pooled_projections=pooled,
-        timestep=1000 * batch.t,
-        return_dict=False,
-    )[0]
-    return (velocity - (batch.eps - clean)).square().mean()
-
-
-def drop_prompts(prompts: list[str], share: float, draws: torch.Generator) -> list[str]:
-    """Every prompt is replaced by the empty one with probability `share`."""
-    dropped = torch.rand(len(prompts), generator=draws) < share
-    return ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
-
-
-def tokenize(pipe: StableDiffusion3Pipeline, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """B,L token ids for each of the two CLIPs."""
-    one, two = (
-        tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)
-    )
-    return one, two
-
-
-def encode_tokens(
-    pipe: StableDiffusion3Pipeline, tokens: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """SD3's prompt states B,L+1,D (the CLIPs side by side, then one zero token) and pooled vector B,D, with gradient.
-
-    The pipeline's own `encode_prompt` with `max_sequence_length=1` gives the same numbers (tested).
-    """
-    outputs = [
-        encoder(ids, output_hidden_states=True)
-        for encoder, ids in zip((pipe.text_encoder, pipe.text_encoder_2), tokens, strict=True)
-    ]
-    states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-    pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
-    return torch.nn.functional.pad(states, (0, 0, 0, 1)), pooled
-
-
-def report(progress: OnProgress, stage: str, step: int, num_steps: int, loss: float) -> None:
-    """Calls `progress` now and then, and at the end of a stage."""
-    if step % PROGRESS_EVERY == 0 or step == num_steps - 1:
-        progress(stage, step + 1, num_steps, {"loss": loss})
-
-
-def cosine(fraction: float, start: float, end: float) -> float:
-    """Half a cosine from `start` at 0 to `end` at 1."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * fraction))
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """One learning rate for all parameters."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-@torch.no_grad()
-def update_average(average: dict[str, torch.Tensor], modules: torch.nn.Module, decay: float) -> None:
-    """Exponential moving average of every parameter, in place."""
-    live = dict(modules.named_parameters())
-    for name, mean in average.items():
-        mean.lerp_(live[name], 1 - decay)
+        yield [example.prompt for example in examples], stack_pictures([example.picture for example in examples])

@@ -157,21 +157,22 @@ def compose(rng: np.random.Generator, groups: Sequence[Group], height: int, widt
                 break
             shapes.append(found)
         if len(shapes) == count:
-            paints = tuple(_varied(rng, COLOURS[colour]) for colour in colours)
-            return Scene(height, width, tuple(shapes), paints, _varied(rng, BACKGROUND))
+            paints = tuple(varied(rng, COLOURS[colour]) for colour in colours)
+            return Scene(height, width, tuple(shapes), paints, varied(rng, BACKGROUND))
     raise ValueError(
         f"{count} shapes as asked do not fit into {width}x{height} pixels; ask for fewer or a larger picture"
     )
 
 
+def varied(rng: np.random.Generator, colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    """A real colour near the colour of a name: each channel up to `JITTER` away."""
+    red, green, blue = (int(np.clip(v, 0, 255)) for v in np.asarray(colour) + rng.integers(-JITTER, JITTER + 1, 3))
+    return red, green, blue
+
+
 def _normalised(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     low, high = points.min(axis=0), points.max(axis=0)
     return ((points - (low + high) / 2) / (high - low).max()).astype(np.float32)
-
-
-def _varied(rng: np.random.Generator, colour: tuple[int, int, int]) -> tuple[int, int, int]:
-    red, green, blue = (int(np.clip(v, 0, 255)) for v in np.asarray(colour) + rng.integers(-JITTER, JITTER + 1, 3))
-    return red, green, blue
 
 
 def _place(

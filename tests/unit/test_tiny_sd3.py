@@ -13,7 +13,8 @@ import torch
 import raylign
 from raylign.models.tiny_sd3 import TinySD3Config, build_tiny_sd3
 from raylign.pretrain import glyph_pictures as pictures
-from raylign.pretrain.glyphs import GlyphsConfig, StageConfig, encode_tokens, pretrain, tokenize
+from raylign.pretrain.flow_training import encode_tokens, tokenize
+from raylign.pretrain.glyphs import GlyphsConfig, GlyphsStage, pretrain
 from raylign.pretrain.null_tokens import train_with_null_tokens
 from raylign.pretrain.shards import ShardedBackward
 
@@ -141,7 +142,7 @@ def test_sharded_gradients_are_those_of_the_whole_batch() -> None:
 
 
 def test_pretraining_is_reproducible_reports_progress_and_saves_a_pipeline(tmp_path: Path) -> None:
-    stage = StageConfig(name="only", num_steps=3, lr=1e-3, lr_end=1e-4, warmup_steps=2, flawed_share=0.5)
+    stage = GlyphsStage(name="only", num_steps=3, lr=1e-3, lr_end=1e-4, warmup_steps=2, flawed_share=0.5)
     config = GlyphsConfig(batch_size=4, vae_steps=2, model=SMALL, stages=(stage,))
     seen: list[tuple[str, int, int]] = []
     first = pretrain(tmp_path / "one", config, lambda name, step, total, _: seen.append((name, step, total)))
@@ -156,7 +157,7 @@ def test_pretraining_is_reproducible_reports_progress_and_saves_a_pipeline(tmp_p
 
 def test_unknown_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="num_step"):
-        StageConfig(name="x", num_step=3, lr=1e-3, lr_end=1e-3)  # type: ignore[call-arg]
+        GlyphsStage(name="x", num_step=3, lr=1e-3, lr_end=1e-3)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="frozen"):
         GlyphsConfig().seed = 3  # type: ignore[misc]
 
