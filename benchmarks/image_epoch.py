@@ -120,7 +120,7 @@ def measure_one(entry: Mapping[str, Any], folder: Path, num_steps: int) -> dict[
         topology = await build(config, lambda name: nullcontext())
         controller = Controller(
             config,
-            PromptStream(prompts, 0),
+            PromptStream(prompts, 0, config.groups_per_step),
             [],
             topology.fleet,
             topology.scorer,

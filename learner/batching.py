@@ -7,8 +7,8 @@ An *item* is what one backward pass takes of a sample: a sampler step of a pictu
 A *unit* is what is never cut. For an algorithm that needs CHUNKS it is `micro_batch_size` consecutive rows, failed
 ones included; with the rollouts' chunk size these are the very rows that went through the network together (a chunk
 is several whole groups or an even part of one), so the learner re-scores tensors of the rollout's shapes and an
-on-policy ratio is exactly 1. Failed rows are zeros there, and masked. For other algorithms a unit is one valid
-sample, and a block is up to `micro_batch_size` of them.
+on-policy ratio is exactly 1. Failed rows are zeros there, and masked. For one that needs GROUPS it is a whole group.
+For other algorithms a unit is one valid sample; a block is then up to `micro_batch_size` valid samples.
 
 Units keep the order of the groups; update u of U takes the u-th contiguous part, rank r of R the r-th contiguous part
 of that, parts differing by one unit at most. Nothing is shuffled, so nothing depends on where a sample was made. Each
@@ -47,8 +47,9 @@ class MicroBatch:
     """N pictures, each at one of its trained steps; what an image loss sees. fp32, on the policy's device.
 
     item_N: index into the sampler's steps, on the CPU. valid_N: False for rows that only keep a chunk's shape.
-    epoch: how often the step's samples were gone over before. states_NS1CHW and rollout_logprob_NS are there when the
-    algorithm needs STEPS and LOGPROBS.
+    epoch: how often the step's samples were gone over before. reward_N: the mixed reward, 0 where there is none.
+    rows: where each picture stands among the step's groups, and `place` which of its items this is. states_NS1CHW and
+    rollout_logprob_NS are there when the algorithm needs STEPS and LOGPROBS, settled_NF (fp64) when it surveys.
     """
 
     keys: tuple[SampleKey, ...]
@@ -58,8 +59,12 @@ class MicroBatch:
     epoch: int
     conditioning: Conditioning
     final_NCHW: torch.Tensor
+    reward_N: torch.Tensor
+    rows: tuple[Row, ...] = ()
+    place: int = 0
     states_NS1CHW: torch.Tensor | None = None
     rollout_logprob_NS: torch.Tensor | None = None
+    settled_NF: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -71,8 +76,10 @@ class MicroBatch:
             adv_N=self.adv_N.to(device),
             valid_N=self.valid_N.to(device),
             conditioning=self.conditioning.to(device),
+            reward_N=self.reward_N.to(device),
             states_NS1CHW=move(self.states_NS1CHW),
             rollout_logprob_NS=move(self.rollout_logprob_NS),
+            settled_NF=move(self.settled_NF),
         )
 
     def only_step(self) -> int:
@@ -144,7 +151,10 @@ class TrainBatch:
                     continue
                 batch = everyone if len(present) == len(rows) else self.data.gather(present, self.epoch)
                 batch = replace(batch, item_N=items_NK[items_NK[:, k] != ABSENT, k])
-                yield replace(batch, on_policy=self.on_policy) if isinstance(batch, TokenBatch) else batch
+                if isinstance(batch, TokenBatch):
+                    yield replace(batch, on_policy=self.on_policy)
+                else:
+                    yield replace(batch, place=k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +177,27 @@ class StepData:
     def items_NK(self, rows: Sequence[Row]) -> torch.Tensor:
         return torch.stack([self.items[row.group][row.sibling] for row in rows])
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Groups P, siblings G and items K of each, the largest of them."""
+        return len(self.groups), max(g.group_size for g in self.groups), max(one.shape[1] for one in self.items)
+
+    def credit_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Advantages and mixed rewards of all samples, (P, G) fp64; 0 for those that have none."""
+        adv_PG, reward_PG = (torch.zeros(self.sizes[:2], dtype=torch.float64) for _ in range(2))
+        for index, (group, advantage) in enumerate(zip(self.groups, self.advantages, strict=True)):
+            adv_PG[index, : group.group_size] = advantage.adv_G.double()
+            rewards = [self.reward(Row(index, sibling)) for sibling in range(group.group_size)]
+            reward_PG[index, : group.group_size] = torch.tensor(rewards, dtype=torch.float64)
+        return adv_PG, reward_PG
+
     def num_items(self, row: Row) -> int:
         """How many items a sample has."""
         return int((self.items[row.group][row.sibling] != ABSENT).sum())
+
+    def reward(self, row: Row) -> float:
+        """A sample's mixed reward; 0 where there is none."""
+        return self.groups[row.group].rollouts[row.sibling].total or 0.0
 
     def share(self, row: Row) -> float:
         """What a sample counts in the denominator."""
@@ -198,6 +226,8 @@ class StepData:
             epoch,
             conditioning=join_conditioning([one for one in told if isinstance(one, Conditioning)]),
             final_NCHW=torch.stack([self._row(row, "final_GCHW") for row in rows]),
+            reward_N=torch.tensor([self.reward(row) for row in rows]),
+            rows=tuple(rows),
             states_NS1CHW=states,
             rollout_logprob_NS=logprobs,
         )
@@ -242,7 +272,12 @@ def cut(
     """
     whole_chunks = Needs.CHUNKS in data.needs
     rows = [Row(index, sibling) for index, group in enumerate(data.groups) for sibling in range(group.group_size)]
-    units = _blocks(rows, micro_batch_size) if whole_chunks else [(row,) for row in rows if data.is_valid(row)]
+    if whole_chunks:
+        units = _blocks(rows, micro_batch_size)
+    elif Needs.GROUPS in data.needs:
+        units = [tuple(row for row in rows if row.group == index) for index in range(len(data.groups))]
+    else:
+        units = [(row,) for row in rows if data.is_valid(row)]
     if len(units) < num_updates:
         raise ConfigError(
             f"learner.updates_per_step is {num_updates}, but this step has only {len(units)} unit(s) to share out; "
@@ -254,7 +289,8 @@ def cut(
             mine = share(units, update, num_updates)
             valid = [row for unit in mine for row in unit if data.is_valid(row)]
             shard = share(mine, rank, num_ranks)
-            blocks = shard if whole_chunks else _blocks([row for unit in shard for row in unit], micro_batch_size)
+            mine_valid = [row for unit in shard for row in unit if data.is_valid(row)]
+            blocks = shard if whole_chunks else _blocks(mine_valid, micro_batch_size)
             batches.append(
                 TrainBatch(
                     tuple(blocks),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,9 +19,10 @@ from pydantic import Field
 
 from learner.advantages import credit_metrics
 from learner.algorithms import AlgorithmConfig, LossSetting, make_algorithm
+from learner.algorithms.base import SurveyedItems, Surveys
 from learner.batching import ABSENT, StepData, TrainBatch, cut
 from learner.parallel import GradientBucket, RankGroup
-from learner.policies import PolicySet, PolicyTensors, check_names, decay_towards
+from learner.policies import PolicySet, PolicyTensors, Relative, check_names, decay_towards
 from learner.state import LearnerState
 from learner.tally import MetricTally
 from raylign.config import Config
@@ -28,11 +30,12 @@ from raylign.errors import CheckpointError, RewardError
 from raylign.models.base import Conditioning
 from raylign.models.tokens import BUDGET_HEAD, TokenPrompts, finite_logits, probed
 from raylign.precision import Precision
-from raylign.types import Needs, RolloutGroup, StepResult, WeightVersion
+from raylign.types import RolloutGroup, StepResult, WeightVersion
 from raylign.weights import WeightSnapshot
 
-Which = Literal["rollout", "current"]
-"""The policy that samples (old, for some algorithms) or the one being trained."""
+Which = Literal["rollout", "current", "eval"]
+"""The policy that samples (a slow copy, for some algorithms), the one being trained, or the one that is evaluated (its
+running mean, if there is one)."""
 _ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -67,6 +70,9 @@ class LearnerConfig(Config):
     """CPU threads per rank; set by the process that owns the learner, not by the learner."""
     num_gpus_per_rank: float = Field(default=0.0, ge=0)
     """GPUs each rank reserves."""
+    ema_decay: float | None = Field(default=None, ge=0, lt=1)
+    """Evaluate and export a running mean of the weights; after s optimiser steps, min((1 + s) / (10 + s), this) of it
+    survives one more (.9 in Flow-GRPO and DiffusionNFT, .99 in AWM). The weights themselves when not given."""
     precision: Precision = "fp32"
     """Compute precision; master weights are fp32 either way."""
     gradient_checkpointing: bool = False
@@ -109,7 +115,7 @@ class Learner:
             policy.enable_gradient_checkpointing()
         self._ranks.broadcast([parameter.data for parameter in self._parameters.values()])
         needs = self.algorithm.needs
-        self.policies = PolicySet(policy, config.precision, old=Needs.OLD in needs, reference=Needs.REFERENCE in needs)
+        self.policies = PolicySet(policy, config.precision, needs, average=config.ema_decay is not None)
         self._bucket = GradientBucket(self._parameters.values())
         heads = [p for name, p in self._parameters.items() if name.startswith(BUDGET_HEAD)]
         self._network = [p for name, p in self._parameters.items() if not name.startswith(BUDGET_HEAD)]
@@ -162,8 +168,11 @@ class Learner:
         batch = self._batches[update]
         self._bucket.zero()
         self._tally = MetricTally(("loss", *self.algorithm.metrics), self.policy.device)
+        settled = self._survey(batch)
         for on_cpu in batch.micro_batches():
             micro_batch = on_cpu.to(self.policy.device)
+            if settled is not None:
+                micro_batch = replace(micro_batch, settled_NF=_of_items(settled, micro_batch))
             losses = self.algorithm.loss(self.policies, micro_batch)
             self._tally.add({"loss": losses.loss_N, **losses.metrics}, micro_batch.valid_N)
             # Rows that only keep a chunk's shape are left out by index: a product with 0 would let a NaN through.
@@ -194,23 +203,30 @@ class Learner:
             parameter_group["lr"] = lr * scale
         self._optimizer.step()
         self._num_optimiser_steps += 1
+        average = self.policies.relatives.get("average")
+        if average is not None and self.config.ema_decay is not None:
+            count = self._num_optimiser_steps
+            decay_towards(self.policy, average, min((1 + count) / (10 + count), self.config.ema_decay))
         return StepResult(metrics, finite=True)
 
     def end_step(self, step: int) -> dict[str, float]:
-        """Let the old policy and the reference follow, once per learner step. Drops the step's batches."""
+        """Let the policy's relatives follow, once per learner step. Drops the step's batches."""
         self._batches = ()
         metrics: dict[str, float] = {}
-        old, reference = self.policies.relatives.get("old"), self.policies.relatives.get("reference")
-        if old is not None:
-            metrics["learner/old_decay"] = self.algorithm.old_decay(self._num_optimiser_steps)
-            decay_towards(self.policy, old, metrics["learner/old_decay"])
-        if reference is not None and (decay := self.algorithm.reference_decay(step)) < 1:
-            decay_towards(self.policy, reference, decay)
+        for relative, tensors in self.policies.relatives.items():
+            if relative == "average":
+                continue
+            decay = self.algorithm.decay(relative, self._num_optimiser_steps, step)
+            if relative != "reference":
+                metrics[f"learner/{relative}_decay"] = decay
+            if decay < 1:
+                decay_towards(self.policy, tensors, decay)
         return metrics
 
     def publish(self, version: WeightVersion, which: Which = "rollout") -> WeightSnapshot:
-        """A verified snapshot of the policy that samples, or of the one being trained. A copy: safe to send."""
-        return self.policy.export_weights(version, self._tensors(which))
+        """A verified snapshot of one of the learner's policies. A copy: safe to send."""
+        relative = self._relative(which)
+        return self.policy.export_weights(version, None if relative is None else self.policies.relatives[relative])
 
     def predict(
         self,
@@ -223,13 +239,13 @@ class Learner:
 
         Velocities of latents (B, C, H, W), or logits of the probed positions of canvases (B, L), 0 at the mask.
         """
-        device, relative = self.policy.device, None if self._tensors(which) is None else "old"
+        device, relative = self.policy.device, self._relative(which)
         with torch.no_grad():
             if isinstance(conditioning, TokenPrompts):
                 told = conditioning.to(device)
                 return finite_logits(self.policies.predict_tokens(state.to(device), told, relative, probed(state)))
             inputs = state.to(device), sigma_B.to(device), conditioning.to(device)
-            return self.policies.velocity_of("old", *inputs) if relative else self.policies.velocity(*inputs)
+            return self.policies.velocity_of(relative, *inputs) if relative else self.policies.velocity(*inputs)
 
     def weights_sha256(self) -> str:
         """Hash of the trained tensors: names, shapes, dtypes and contents."""
@@ -273,11 +289,32 @@ class Learner:
         self._load_adam(adam if num_steps > 0 else None)
         self._num_optimiser_steps = num_steps
 
-    def _tensors(self, which: Which) -> PolicyTensors | None:
-        """The rollout policy's tensors; None means the parameters themselves."""
-        if which == "rollout" and self.algorithm.rollout_policy == "old":
-            return self.policies.relatives["old"]
-        return None
+    def _relative(self, which: Which) -> Relative | None:
+        """Who is meant; None is the policy being trained."""
+        if which == "eval":
+            return "average" if "average" in self.policies.relatives else None
+        wanted = self.algorithm.rollout_policy
+        return wanted if which == "rollout" and wanted != "current" else None
+
+    def _survey(self, batch: TrainBatch) -> torch.Tensor | None:
+        """The first pass of an algorithm that surveys: what it settled for every item of the update, (P, G, K, any)."""
+        algorithm = self.algorithm
+        if not isinstance(algorithm, Surveys):
+            return None
+        sizes = [*batch.data.sizes, algorithm.num_surveyed]
+        numbers, present = torch.zeros(sizes, dtype=torch.float64), torch.zeros(sizes[:3], dtype=torch.float64)
+        for on_cpu in batch.micro_batches():
+            with torch.no_grad():
+                found = algorithm.survey(self.policies, on_cpu.to(self.policy.device)).cpu()
+            for n, (row, valid) in enumerate(zip(on_cpu.rows, on_cpu.valid_N.tolist(), strict=True)):
+                if valid:
+                    numbers[row.group, row.sibling, on_cpu.place] = found[n]
+                    present[row.group, row.sibling, on_cpu.place] = 1
+        # Each item is one rank's, so the sum over ranks is every rank's table, whole.
+        for table in (numbers, present):
+            self._ranks.sum_(table)
+        adv_PG, reward_PG = batch.data.credit_tables()
+        return algorithm.settle(SurveyedItems(numbers, present > 0, adv_PG, reward_PG))
 
     def _adam_state(self, part: str) -> PolicyTensors:
         state = self._optimizer.state
@@ -293,6 +330,12 @@ class Learner:
                 part: adam[part][name].clone() if part == "step" else adam[part][name].to(parameter.device, copy=True)
                 for part in _ADAM_STATE
             }
+
+
+def _of_items(table_PGKF: torch.Tensor, batch: Any) -> torch.Tensor:
+    """A table's rows for a micro-batch's items, (N, any), where the batch is."""
+    found = torch.stack([table_PGKF[row.group, row.sibling, batch.place] for row in batch.rows])
+    return found.to(batch.final_NCHW.device)
 
 
 def _prefixed(section: str, tensors: PolicyTensors) -> PolicyTensors:

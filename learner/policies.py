@@ -1,4 +1,5 @@
-"""The current policy and its frozen relatives: "old" (a slow copy) and "reference" (weight version 0).
+"""The current policy and its frozen relatives: "old" (a slow copy that losses compare with), "sampling" (another,
+which makes the rollouts), "reference" (weight version 0) and "average" (a running mean that is evaluated).
 
 A relative is a set of tensors, not a second network. To ask it something, its tensors are swapped into the network's
 parameters for the length of one forward without gradient: no copy, and no second model in memory.
@@ -16,10 +17,16 @@ from raylign.errors import WeightError
 from raylign.models.base import Conditioning, guided_velocity
 from raylign.models.tokens import TokenPrediction, TokenPrompts
 from raylign.precision import Precision, autocast
+from raylign.types import Needs
 
 PolicyTensors = dict[str, torch.Tensor]
 """Trainable tensors by name, detached from any graph."""
-Relative = Literal["old", "reference"]
+Relative = Literal["old", "sampling", "reference", "average"]
+_NEEDED: Mapping[Needs, Relative] = {
+    Needs.OLD: "old",
+    Needs.SAMPLING: "sampling",
+    Needs.REFERENCE: "reference",
+}
 
 
 class Trainable(Protocol):
@@ -74,15 +81,17 @@ def decay_towards(policy: Trainable, tensors: PolicyTensors, decay: float) -> No
 class PolicySet:
     """The current policy with the relatives an algorithm needs; what a loss asks for velocities or logits."""
 
-    def __init__(self, policy: Any, precision: Precision, *, old: bool, reference: bool) -> None:
-        """`policy` is a DenoisingPolicy, which answers velocities, or a TokenPolicy, which answers logits."""
+    def __init__(self, policy: Any, precision: Precision, needs: Needs, average: bool = False) -> None:
+        """`policy` is a DenoisingPolicy, which answers velocities, or a TokenPolicy, which answers logits.
+
+        `needs` are the algorithm's: which relatives there are. `average`: whether there is a running mean too.
+        """
         self.policy = policy
         self.precision: Precision = precision
-        self.relatives: dict[Relative, PolicyTensors] = {}
-        if old:
-            self.relatives["old"] = clone_tensors(policy)
-        if reference:
-            self.relatives["reference"] = clone_tensors(policy)
+        wanted: list[Relative] = [relative for need, relative in _NEEDED.items() if need in needs]
+        if average:
+            wanted.append("average")
+        self.relatives: dict[Relative, PolicyTensors] = {relative: clone_tensors(policy) for relative in wanted}
 
     def velocity(
         self,

@@ -18,6 +18,7 @@ class LearnerState:
 
 
 def policy_tensors(state: LearnerState) -> dict[str, torch.Tensor]:
-    """The trained policy's own tensors, by the names `trainable_parameters` gives them."""
-    section = "params/"
+    """The trained policy's tensors, by the names `trainable_parameters` gives them: its running mean, if one was kept,
+    as that is what was evaluated."""
+    section = "average/" if any(name.startswith("average/") for name in state.tensors) else "params/"
     return {name.removeprefix(section): tensor for name, tensor in state.tensors.items() if name.startswith(section)}

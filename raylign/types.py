@@ -41,6 +41,12 @@ class Needs(Flag):
     """A slowly following copy of the policy."""
     CHUNKS = auto()
     """Samples trained on in the very batches they were drawn in, so that an equal policy rounds equally."""
+    SAMPLING = auto()
+    """A second slow copy of the policy, which makes the rollouts."""
+    NEGATIVE = auto()
+    """What the network is told of the empty prompt, for a guided reference, whatever guidance the rollouts use."""
+    GROUPS = auto()
+    """Whole groups in one optimiser update and on one rank: their siblings are compared with each other."""
 
 
 class RolloutStatus(StrEnum):
@@ -137,14 +143,17 @@ class LatentTrajectory:
     """What an image sampler recorded for G siblings; all fp32 on the CPU.
 
     final_GCHW: the last state. states_GS1CHW: every state, from noise to final (only if STEPS is needed).
-    rollout_logprob_GS: mean over latent dims of each step's log-prob (only if LOGPROBS is needed).
-    sigmas_S1: the noise levels of the states, 1 to 0.
+    rollout_logprob_GS: mean over latent dims of each step's log-prob; 0 for a step without a density (only if LOGPROBS
+    is needed).
+    sigmas_S1: the noise levels of the states, falling.
+    stochastic_S: bool, the steps that added noise.
     """
 
     final_GCHW: torch.Tensor
     sigmas_S1: torch.Tensor
     states_GS1CHW: torch.Tensor | None = None
     rollout_logprob_GS: torch.Tensor | None = None
+    stochastic_S: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

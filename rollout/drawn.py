@@ -21,6 +21,21 @@ MAX_CACHED_PROMPTS = 1024
 
 
 @dataclass(frozen=True, slots=True)
+class EvalPoint:
+    """What an evaluation changes of its sampler, to walk along a curve; nothing by default.
+
+    gamma: every row's entropy budget (texts). eta, num_steps: gDDIM at that stochasticity, in so many steps (pictures).
+    """
+
+    gamma: float | None = None
+    eta: float | None = None
+    num_steps: int | None = None
+
+
+AS_CONFIGURED = EvalPoint()
+
+
+@dataclass(frozen=True, slots=True)
 class Drawn:
     """A batch of samples: pictures or texts, how they came about, and which of them can be used.
 
@@ -55,9 +70,15 @@ class Denoiser(Protocol):
     """Draws samples of one modality, with whatever weights the policy holds."""
 
     def draw(
-        self, texts: Sequence[str], count: int, slot: Slot, keys: Sequence[SampleKey], gamma: float | None
+        self,
+        texts: Sequence[str],
+        count: int,
+        slot: Slot,
+        keys: Sequence[SampleKey],
+        point: EvalPoint,
+        learner_step: int,
     ) -> Drawn:
-        """`count` samples of each prompt, prompt by prompt, one per key; `gamma` is every row's entropy budget."""
+        """`count` samples of each prompt, prompt by prompt, one per key, for one learner step (0: evaluation)."""
         ...
 
     def probe(self, text: str, run_seed: int, version: WeightVersion) -> Probe:
@@ -78,6 +99,7 @@ def trajectory_rows(trajectory: LatentTrajectory | TokenTrajectory, rows: slice)
         trajectory.sigmas_S1,
         own(trajectory.states_GS1CHW),
         own(trajectory.rollout_logprob_GS),
+        trajectory.stochastic_S,
     )
 
 
@@ -95,6 +117,7 @@ def join_trajectories(
         sigmas_S1=images[0].sigmas_S1,
         states_GS1CHW=_stack([part.states_GS1CHW for part in images]),
         rollout_logprob_GS=_stack([part.rollout_logprob_GS for part in images]),
+        stochastic_S=images[0].stochastic_S,
     )
 
 

@@ -18,7 +18,7 @@ from raylign.models.base import DenoisingPolicy
 from raylign.models.tokens import TokenPolicy
 from raylign.types import Rollout, RolloutGroup, RolloutStatus, SampleKey, WeightVersion
 from raylign.weights import WeightSnapshot
-from rollout.drawn import Denoiser, Drawn, Probe, Slot, join_trajectories, trajectory_rows
+from rollout.drawn import AS_CONFIGURED, Denoiser, Drawn, EvalPoint, Probe, Slot, join_trajectories, trajectory_rows
 from rollout.images import ImageDenoiser, SamplerSetup, denoise
 from rollout.prompts import GroupTask
 from rollout.texts import TextDenoiser, TokenSetup, unmask
@@ -33,8 +33,8 @@ class ChunkRequest:
     tasks: tuple[GroupTask, ...]
     sample_indices: tuple[int, ...]
     slot: Slot = "rollout"
-    gamma: float | None = None
-    """Replaces every row's entropy budget, for evaluation along the accuracy-calls frontier."""
+    point: EvalPoint = AS_CONFIGURED
+    """Where along a curve an evaluation draws."""
 
 
 class RolloutEngine(Generic[PolicyT]):
@@ -45,7 +45,7 @@ class RolloutEngine(Generic[PolicyT]):
         self.policy = policy
         self._setups = setups
         self._run_seed = run_seed
-        self._denoiser = _make_denoiser(policy, setups)
+        self._denoiser = _make_denoiser(policy, setups, run_seed)
         self._snapshots: dict[Slot, WeightSnapshot] = {}
         self._loaded: Slot | None = None
 
@@ -70,7 +70,8 @@ class RolloutEngine(Generic[PolicyT]):
         ]
         with torch.no_grad():
             texts = [task.prompt.text for task in request.tasks]
-            drawn = self._denoiser.draw(texts, count, request.slot, keys, request.gamma)
+            step = request.tasks[0].learner_step
+            drawn = self._denoiser.draw(texts, count, request.slot, keys, request.point, step)
         return [_group(task, keys, drawn, place, count, version) for place, task in enumerate(request.tasks)]
 
     def probe(self, text: str) -> Probe:
@@ -131,7 +132,9 @@ def chunk_requests(
     ]
 
 
-def _make_denoiser(policy: DenoisingPolicy | TokenPolicy, setups: Mapping[Slot, SamplerSetup | TokenSetup]) -> Denoiser:
+def _make_denoiser(
+    policy: DenoisingPolicy | TokenPolicy, setups: Mapping[Slot, SamplerSetup | TokenSetup], run_seed: int
+) -> Denoiser:
     images: dict[Slot, SamplerSetup] = {
         slot: setup for slot, setup in setups.items() if isinstance(setup, SamplerSetup)
     }
@@ -140,7 +143,7 @@ def _make_denoiser(policy: DenoisingPolicy | TokenPolicy, setups: Mapping[Slot, 
         raise ConfigError(f"slots {sorted(images)} have an image sampler, {sorted(texts)} a text sampler; use one kind")
     if texts:
         return TextDenoiser(cast(TokenPolicy, policy), texts)
-    return ImageDenoiser(cast(DenoisingPolicy, policy), images)
+    return ImageDenoiser(cast(DenoisingPolicy, policy), images, run_seed)
 
 
 def _group(
@@ -168,6 +171,7 @@ def _group(
 
 __all__ = [
     "ChunkRequest",
+    "EvalPoint",
     "Probe",
     "RolloutEngine",
     "SamplerSetup",

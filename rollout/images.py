@@ -12,40 +12,57 @@ import torch
 from raylign.errors import ConfigError
 from raylign.keys import normal, sample_generators
 from raylign.models.base import Conditioning, DenoisingPolicy, guided_velocity, join_conditioning
-from raylign.samplers import Sampler
+from raylign.models.schedule import final_scale, initial_scale
+from raylign.precision import DTYPES, Precision
+from raylign.samplers import Past, Sampler, ode_transition
+from raylign.samplers.base import SdeSamplerConfig
+from raylign.samplers.window import window_steps
 from raylign.types import LatentTrajectory, Needs, SampleKey, WeightVersion
-from rollout.drawn import MAX_CACHED_PROMPTS, Drawn, Probe, Slot
+from rollout.drawn import MAX_CACHED_PROMPTS, Drawn, EvalPoint, Probe, Slot
 
 _PROBE_SIGMAS = (0.95, 0.5, 0.05)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerSetup:
-    """An image sampler, its guidance, and what of a trajectory to keep."""
+    """An image sampler, its guidance, and what of a trajectory to keep.
+
+    latents: every state after the first is rounded to this format, before it is used, scored or stored.
+    """
 
     sampler: Sampler
     guidance_scale: float
     needs: Needs
+    latents: Precision = "fp32"
 
 
 class ImageDenoiser:
     """Draws pictures with each slot's sampler; a prompt is encoded once."""
 
-    def __init__(self, policy: DenoisingPolicy, setups: Mapping[Slot, SamplerSetup]) -> None:
+    def __init__(self, policy: DenoisingPolicy, setups: Mapping[Slot, SamplerSetup], run_seed: int) -> None:
         self._policy = policy
         self._setups = setups
+        self._run_seed = run_seed
         self._encode = functools.lru_cache(MAX_CACHED_PROMPTS)(policy.encode)
 
     def draw(
-        self, texts: Sequence[str], count: int, slot: Slot, keys: Sequence[SampleKey], gamma: float | None
+        self,
+        texts: Sequence[str],
+        count: int,
+        slot: Slot,
+        keys: Sequence[SampleKey],
+        point: EvalPoint,
+        learner_step: int,
     ) -> Drawn:
         """See Denoiser. A picture whose final latent is not finite has failed."""
-        if gamma is not None:
-            raise ConfigError(f"an entropy budget (gamma {gamma:g}) was asked of an image sampler; leave it out")
+        if point.gamma is not None:
+            raise ConfigError(f"an entropy budget (gamma {point.gamma:g}) was asked of an image sampler; leave it out")
         setup = self._setups[slot]
-        told = [self._encode(text, setup.guidance_scale > 1.0) for text in texts]
+        with_negative = setup.guidance_scale > 1.0 or Needs.NEGATIVE in setup.needs
+        told = [self._encode(text, with_negative) for text in texts]
+        stochastic_S = stochastic_steps(setup.sampler, self._run_seed, learner_step)
         started_s = time.perf_counter()
-        trajectory = denoise(self._policy, setup, join_conditioning(told).repeat(count), keys)
+        trajectory = denoise(self._policy, setup, join_conditioning(told).repeat(count), keys, stochastic_S)
         sampled_s = time.perf_counter()
         images_BHWC = self._policy.decode(trajectory.final_GCHW.to(self._policy.device))
         return Drawn(
@@ -68,32 +85,61 @@ class ImageDenoiser:
         return Probe(version, state, sigma_B, conditioning.to(torch.device("cpu")), velocity.cpu())
 
 
+def stochastic_steps(sampler: Sampler, run_seed: int, learner_step: int) -> tuple[bool, ...]:
+    """Which steps add noise in a learner step: those that the sampler can, inside its window if it has one."""
+    config = sampler.config
+    if not isinstance(config, SdeSamplerConfig) or config.window is None:
+        return sampler.stochastic_S
+    window = window_steps(config.window, config.num_steps, run_seed, max(1, learner_step))
+    return tuple(can and step in window for step, can in enumerate(sampler.stochastic_S))
+
+
 def denoise(
-    policy: DenoisingPolicy, setup: SamplerSetup, conditioning: Conditioning, keys: Sequence[SampleKey]
+    policy: DenoisingPolicy,
+    setup: SamplerSetup,
+    conditioning: Conditioning,
+    keys: Sequence[SampleKey],
+    stochastic_S: Sequence[bool] | None = None,
 ) -> LatentTrajectory:
     """Walk one batch from noise to a clean latent; what `setup.needs` names is recorded, in fp32 on the CPU.
 
-    Initial noise comes from each sample's "latent" key, step noise from its "sde" key.
+    Initial noise comes from each sample's "latent" key (of its group's first sample, where siblings share it), step
+    noise from its "sde" key. stochastic_S: the steps that add noise, all that can if not given; where one that can
+    does not, it follows the ODE.
     """
-    sampler, device = setup.sampler, policy.device
-    state = normal(sample_generators(keys, "latent"), policy.latent_shape).to(device)
-    step_noise = sample_generators(keys, "sde") if sampler.stochastic else []
+    sampler, device, num_steps = setup.sampler, policy.device, len(setup.sampler.stochastic_S)
+    mask_S = sampler.stochastic_S if stochastic_S is None else tuple(stochastic_S)
+    noise = normal(sample_generators(_latent_keys(sampler, keys), "latent"), policy.latent_shape)
+    state = noise.to(device) * initial_scale(sampler.sigmas_S1)
+    step_noise = sample_generators(keys, "sde") if any(mask_S) else []
     states, logprobs = [state], []
-    for step in range(sampler.num_steps):
+    past: list[Past] = []
+    for step in range(num_steps):
         sigma_B = sampler.sigmas_S1[step].to(device).expand(len(keys))
         velocity = guided_velocity(policy, state, sigma_B, conditioning, setup.guidance_scale)
-        transition = sampler.transition(velocity, state, step)
-        if sampler.stochastic:
-            state = transition.sample(normal(step_noise, policy.latent_shape).to(device))
-            if Needs.LOGPROBS in setup.needs:
-                logprobs.append(transition.logprob(state))
+        added = normal(step_noise, policy.latent_shape).to(device) if mask_S[step] else None
+        if sampler.stochastic_S[step] and added is None:
+            transition = ode_transition(sampler.sigmas_S1, velocity, state, step)
         else:
-            state = transition.mean_BCHW
+            transition = sampler.transition(velocity, state, step, past)
+        past = [*past, Past(state, velocity, added)][-sampler.config.history :] if sampler.config.history else []
+        state = transition.mean_BCHW if added is None else transition.sample(added)
+        if setup.latents != "fp32":
+            # Both log-probs, the rollout's and the learner's, are then of the very value that is stored.
+            state = state.to(DTYPES[setup.latents]).float()
+        if Needs.LOGPROBS in setup.needs:
+            logprobs.append(torch.zeros(len(keys)) if added is None else transition.logprob(state).cpu())
         if Needs.STEPS in setup.needs:
             states.append(state)
     return LatentTrajectory(
-        final_GCHW=state.cpu(),
+        final_GCHW=(state * final_scale(sampler.sigmas_S1)).cpu(),
         sigmas_S1=sampler.sigmas_S1,
         states_GS1CHW=torch.stack(states, dim=1).cpu() if Needs.STEPS in setup.needs else None,
-        rollout_logprob_GS=torch.stack(logprobs, dim=1).cpu() if logprobs else None,
+        rollout_logprob_GS=torch.stack(logprobs, dim=1) if logprobs else None,
+        stochastic_S=torch.tensor(mask_S),
     )
+
+
+def _latent_keys(sampler: Sampler, keys: Sequence[SampleKey]) -> Sequence[SampleKey]:
+    shared = isinstance(sampler.config, SdeSamplerConfig) and sampler.config.shared_noise
+    return [key._replace(sample_index=0) for key in keys] if shared else keys

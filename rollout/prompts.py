@@ -21,11 +21,15 @@ from rollout.datasets import PromptFields, read_prompts
 
 @dataclass(frozen=True, slots=True)
 class GroupTask:
-    """One visit to one prompt. `sequence` is its place in the run; `visit` counts earlier passes over the file."""
+    """One visit to one prompt. `sequence` is its place in the run; `visit` counts earlier passes over the file.
+
+    learner_step: the step it is trained in, from 1; 0 for evaluation.
+    """
 
     prompt: Prompt
     visit: int
     sequence: int
+    learner_step: int = 0
 
 
 class PromptStream:
@@ -34,11 +38,12 @@ class PromptStream:
     Being a pure function of n, its whole state is a cursor, so a resumed run goes on exactly where it was.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], run_seed: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt], run_seed: int, groups_per_step: int = 1) -> None:
         if not prompts:
             raise PromptError("no prompts to train on: the prompt file is empty")
         self.prompts = tuple(prompts)
         self._run_seed = run_seed
+        self._groups_per_step = groups_per_step
         self._order: tuple[int, list[int]] = (-1, [])
 
     def task(self, sequence: int) -> GroupTask:
@@ -47,7 +52,8 @@ class PromptStream:
         if self._order[0] != visit:
             order = torch.randperm(len(self.prompts), generator=generator(self._run_seed, "prompt_order", visit))
             self._order = (visit, order.tolist())
-        return GroupTask(self.prompts[self._order[1][place]], visit, sequence)
+        learner_step = sequence // self._groups_per_step + 1
+        return GroupTask(self.prompts[self._order[1][place]], visit, sequence, learner_step)
 
 
 def load_prompts(path: Path, fields: PromptFields = PromptFields()) -> list[Prompt]:  # noqa: B008  # it is frozen

@@ -30,7 +30,7 @@ from raylign.samplers import Candidates, TokenSampler, TokenTransition
 from raylign.samplers.entropy_bounded import EntropyBoundedConfig, draw_budgets
 from raylign.samplers.tokens import guided_logits
 from raylign.types import Needs, SampleKey, TokenTrajectory, WeightVersion
-from rollout.drawn import MAX_CACHED_PROMPTS, Drawn, Probe, Slot
+from rollout.drawn import MAX_CACHED_PROMPTS, Drawn, EvalPoint, Probe, Slot
 
 _PROBE_SHARES = (1.0, 0.5, 0.1)
 _NEVER = -1
@@ -53,12 +53,18 @@ class TextDenoiser:
         self._encode = functools.lru_cache(MAX_CACHED_PROMPTS)(policy.encode)
 
     def draw(
-        self, texts: Sequence[str], count: int, slot: Slot, keys: Sequence[SampleKey], gamma: float | None
+        self,
+        texts: Sequence[str],
+        count: int,
+        slot: Slot,
+        keys: Sequence[SampleKey],
+        point: EvalPoint,
+        learner_step: int,
     ) -> Drawn:
         """See Denoiser. A text for which the network's answer was not finite has failed, and keeps its masks."""
         told = [self._encode(text) for text in texts]
         started_s = time.perf_counter()
-        trajectory = unmask(self._policy, self._setups[slot], join_prompts(told).repeat(count), keys, gamma)
+        trajectory = unmask(self._policy, self._setups[slot], join_prompts(told).repeat(count), keys, point.gamma)
         sampled_s = time.perf_counter()
         written = tuple(self._policy.decode(trajectory.tokens_GL))
         ok_B = torch.isfinite(trajectory.rollout_logprob_GL + trajectory.plain_logprob_GL).all(dim=1)

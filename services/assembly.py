@@ -11,6 +11,7 @@ from learner.parallel import RankGroup
 from raylign.keys import derive_seed
 from raylign.models import load_policy
 from raylign.models.tokens import TokenPolicy
+from raylign.precision import Precision
 from raylign.samplers import IMAGE_SAMPLERS, make_sampler, make_token_sampler
 from raylign.samplers.euler_ode import EulerOdeConfig
 from raylign.types import Needs
@@ -26,7 +27,7 @@ def build_engine(config: RunConfig) -> RolloutEngine[Any]:
         config.model, "rollout", device, config.rollout.precision, config.fold_lora, adapter_seed(config)
     )
     setups = {
-        "rollout": sampler_setup(policy, config.sampler, config.algorithm.needs),
+        "rollout": sampler_setup(policy, config.sampler, config.algorithm.needs, config.rollout.latents),
         "eval": sampler_setup(policy, evaluation_sampler(config), Needs.FINAL),
     }
     return RolloutEngine(policy, setups, config.seed)  # type: ignore[arg-type]  # its keys are slots
@@ -51,10 +52,10 @@ def build_learner(config: RunConfig, ranks: RankGroup) -> Learner:
     )
 
 
-def sampler_setup(policy: Any, sampler: Any, needs: Needs) -> SamplerSetup | TokenSetup:
+def sampler_setup(policy: Any, sampler: Any, needs: Needs, latents: Precision = "fp32") -> SamplerSetup | TokenSetup:
     """A sampler's configuration, bound to the policy's schedule or canvas."""
     if type(sampler) in IMAGE_SAMPLERS:
-        return SamplerSetup(make_sampler(sampler, policy.schedule_shift), sampler.guidance_scale, needs)
+        return SamplerSetup(make_sampler(sampler, policy.schedule), sampler.guidance_scale, needs, latents)
     text_policy: TokenPolicy = policy
     return TokenSetup(make_token_sampler(sampler, text_policy.canvas_length), needs)
 

@@ -113,8 +113,9 @@ def pretrain(
     out: Annotated[Path, typer.Option("--out", help="Folder for the model; must not exist or be empty.")],
     seed: Annotated[int, typer.Option(help="Seeds data, weights and training.")] = 0,
 ) -> None:
-    """Make a small model from nothing: `glyphs` is the tiny SD3 of the picture quickstart, `text-tiny` the diffusion
-    language model of the text quickstart; the other `text-` ones do countdown, sudoku and addition.
+    """Make a small model from nothing: `glyphs` is the tiny SD3 of the picture quickstart, `shapes` the one that draws
+    coloured shapes, `text-tiny` the diffusion language model of the text quickstart; the other `text-` ones do
+    countdown, sudoku and addition.
 
     Example: `raylign pretrain text-tiny --out my_model`
     """

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from learner.algorithms import IMAGE_ALGORITHMS, TEXT_ALGORITHMS, AlgorithmConfig
+from learner.algorithms.base import ImageAlgorithmConfig
 from learner.algorithms.nft import NftConfig
 from learner.learner import LearnerConfig
 from raylign.assets import find_config
@@ -22,8 +23,8 @@ from raylign.models.sd3 import Sd3Config
 from raylign.precision import Precision
 from raylign.samplers import (
     IMAGE_SAMPLERS,
-    SAMPLERS,
     TOKEN_SAMPLERS,
+    ImageSamplerConfig,
     SamplerConfig,
 )
 from raylign.samplers.euler_ode import EulerOdeConfig
@@ -31,6 +32,7 @@ from raylign.types import Needs
 from rewards import RewardUnion
 from rewards.ocr import OcrConfig
 from rollout.datasets import PromptFields
+from services.image_checks import check_image_run
 from services.reward_config import ServiceConfig
 from services.text_checks import check_text_run
 
@@ -57,6 +59,8 @@ class RolloutConfig(Config):
     """Samples per batch; a multiple or a divisor of group_size. One group when not given."""
     precision: Precision = "fp32"
     """Number format of rollout weights and activations."""
+    latents: Precision = "fp32"
+    """Number format that pictures' states are rounded to on the way; bf16 halves what coupled methods must send."""
     fold_lora: bool | None = None
     """Fold adapters into the weights: faster, equal up to rounding. By default only where no log-prob is needed."""
     num_threads: int = Field(default=1, ge=1)
@@ -174,13 +178,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _refuse_impossible_pairs(self) -> RunConfig:
-        needs = self.algorithm.needs
         self._check_modality()
-        if Needs.LOGPROBS in needs and not SAMPLERS[type(self.sampler)].stochastic:
-            raise ValueError(
-                f"algorithm {self.algorithm.type!r} scores each step's log-prob, which the deterministic sampler "
-                f"{self.sampler.type!r} does not have; set sampler.type = 'flow_sde'"
-            )
         large, small = max(self.chunk_size, self.group_size), min(self.chunk_size, self.group_size)
         if large % small:
             raise ValueError(
@@ -228,6 +226,8 @@ class RunConfig(Config):
             )
         elif self.eval.sampler is not None or self.eval.gammas:
             raise ValueError("eval.sampler and eval.gammas are for text models; pictures have eval.num_steps")
+        if isinstance(self.algorithm, ImageAlgorithmConfig) and isinstance(self.sampler, ImageSamplerConfig):
+            check_image_run(self.algorithm, self.sampler, self.rollout.latents)
 
     def _check_learner_division(self) -> None:
         shares = self.learner.updates_per_step * self.learner.num_ranks
@@ -246,6 +246,12 @@ class RunConfig(Config):
                     f"{self.micro_batch_size} do not divide into {shares} shares (updates_per_step x num_ranks); "
                     "lower rollout.chunk_size or raise groups_per_step"
                 )
+        if Needs.GROUPS in self.algorithm.needs and self.groups_per_step % shares:
+            raise ValueError(
+                f"algorithm {self.algorithm.type!r} compares the siblings of a group, so an update must hold whole "
+                f"groups: {self.groups_per_step} groups per step do not divide into {shares} shares (updates_per_step "
+                "x num_ranks); raise groups_per_step or lower learner.updates_per_step"
+            )
         if self.placement == "in_process" and self.learner.num_ranks > 1:
             raise ValueError(f"in_process has one learner rank, got learner.num_ranks = {self.learner.num_ranks}")
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from raylign.errors import CheckpointError, NumericsError, RaylignError, RewardError, StalenessError
 from raylign.types import RolloutGroup, StepResult, WeightVersion
 from rollout.buffer import TicketBuffer
-from rollout.engine import ChunkRequest, chunk_requests, join_parts
+from rollout.engine import ChunkRequest, EvalPoint, chunk_requests, join_parts
 from rollout.prompts import GroupTask, PromptStream
 from services.config import RunConfig
 from services.parity import parity_gap
@@ -131,7 +131,7 @@ class Controller:
         """
         samples = self._config.eval.samples_per_prompt
         chunk = max(samples, self._config.chunk_size // samples * samples)
-        snapshot = await self._learner.publish(step, "current")
+        snapshot = await self._learner.publish(step, "eval")
         await self._fleet.pull(snapshot, "eval")
         requests = chunk_requests(self._heldout, samples, chunk, "eval")
         groups = await self._make_groups(requests, evaluation=True)
@@ -139,7 +139,9 @@ class Controller:
         self._observer.evaluated(step, groups)
         if self._config.eval.gammas and step in (0, self._config.num_steps):
             sweeps = {
-                gamma: await self._make_groups([replace(one, gamma=gamma) for one in requests], evaluation=True)
+                gamma: await self._make_groups(
+                    [replace(one, point=EvalPoint(gamma=gamma)) for one in requests], evaluation=True
+                )
                 for gamma in self._config.eval.gammas
             }
             self._observer.swept(step, sweeps)

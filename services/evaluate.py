@@ -27,7 +27,7 @@ from raylign.samplers.flow_sde import FlowSdeConfig
 from raylign.types import Needs, RolloutGroup
 from raylign.weights import WeightSnapshot, make_snapshot
 from rewards import RewardMix, make_mix
-from rollout.engine import RolloutEngine, chunk_requests
+from rollout.engine import EvalPoint, RolloutEngine, chunk_requests
 from rollout.prompts import GroupTask, load_prompts
 from services.assembly import adapter_seed, evaluation_sampler, sampler_setup
 from services.config import RunConfig, load_run_config
@@ -119,7 +119,10 @@ async def _score_all(
     engine: RolloutEngine[Any], scorer: RewardMix, tasks: Sequence[GroupTask], samples: int, way: _Way
 ) -> list[RolloutGroup]:
     groups: list[RolloutGroup] = []
-    requests = [replace(request, gamma=way.gamma) for request in chunk_requests(tasks, samples, samples * 4, "eval")]
+    requests = [
+        replace(request, point=EvalPoint(gamma=way.gamma))
+        for request in chunk_requests(tasks, samples, samples * 4, "eval")
+    ]
     for request in track(requests, description=way.name):
         for group in engine.generate(request):
             groups += await score_groups(scorer, [group], evaluation=True)

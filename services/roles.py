@@ -16,7 +16,7 @@ from raylign.types import RewardBreakdown, RewardSample, RolloutGroup, StepResul
 from rollout.engine import ChunkRequest, Probe, Slot
 
 SnapshotHandle = Any
-WhichPolicy = Literal["rollout", "current"]
+WhichPolicy = Literal["rollout", "current", "eval"]
 
 
 class Fleet(Protocol):

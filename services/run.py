@@ -232,7 +232,7 @@ async def _train(run: _Run, topology: Topology, started_s: float) -> None:
 
     controller = Controller(
         config,
-        PromptStream(run.inputs.prompts, config.seed),
+        PromptStream(run.inputs.prompts, config.seed, config.groups_per_step),
         run.inputs.heldout,
         topology.fleet,
         topology.scorer,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from raylign.models.base import Conditioning
+from raylign.models.schedule import FlowSchedule
 from raylign.types import (
     LatentTrajectory,
     RewardBreakdown,
@@ -33,7 +34,7 @@ from rollout.prompts import GroupTask
 class TwoNumberPolicy:
     """A DenoisingPolicy: velocity = scale * state + shift * (length of the prompt); pictures are its signs."""
 
-    schedule_shift: float = 1.0
+    schedule = FlowSchedule(1.0)
     latent_shape: tuple[int, int, int] = (1, 2, 3)
     device: torch.device = torch.device("cpu")
 
@@ -45,11 +46,12 @@ class TwoNumberPolicy:
     def encode(self, text: str, with_negative: bool) -> Conditioning:
         self.num_encoded += 1
         embeds = torch.full((1, 1, 1), float(len(text)))
-        zeros = torch.zeros(1, 1, 1) if with_negative else None
-        return Conditioning(embeds, embeds[:, 0], zeros, None if zeros is None else zeros[:, 0])
+        zeros = torch.zeros(1, 1, 1)
+        negative = Conditioning(zeros, zeros[:, 0]) if with_negative else None
+        return Conditioning(embeds, embeds[:, 0], negative=negative)
 
     def predict(self, state_BCHW: torch.Tensor, sigma_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        told = conditioning.pooled_PD.view(-1, 1, 1, 1)
+        told = conditioning.need_pooled().view(-1, 1, 1, 1)
         return self.scale * state_BCHW + self.shift * told + 0.0 * sigma_B.view(-1, 1, 1, 1)
 
     def decode(self, state_BCHW: torch.Tensor) -> np.ndarray:

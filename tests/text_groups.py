@@ -79,7 +79,7 @@ def text_algorithm(
 def policies_for(algorithm: Algorithm[TokenBatch], policy: TokenPolicy) -> PolicySet:
     """The policy with the relatives that the algorithm needs."""
     needs = algorithm.needs
-    return PolicySet(policy, "fp32", old=Needs.OLD in needs, reference=Needs.REFERENCE in needs)
+    return PolicySet(policy, "fp32", needs)
 
 
 def token_batches(

@@ -22,7 +22,7 @@ from raylign.keys import generator
 from raylign.models.adapters import LoraSettings
 from raylign.models.base import Conditioning, DenoisingPolicy
 from raylign.models.sd3 import Sd3Config
-from raylign.samplers import Sampler, flow_sigmas
+from raylign.samplers import FlowSchedule, Sampler, flow_sigmas
 from raylign.samplers.euler_ode import EulerOde, EulerOdeConfig
 from raylign.samplers.flow_sde import FlowSde, FlowSdeConfig
 from raylign.types import Needs, Prompt, RewardBreakdown, RewardFailure, RolloutGroup, StepResult, WeightVersion
@@ -40,7 +40,7 @@ class ToyPolicy:
 
     def __init__(self, seed: int = 0, latent_shape: tuple[int, int, int] = (2, 4, 4)) -> None:
         self.device = torch.device("cpu")
-        self.schedule_shift = 3.0
+        self.schedule = FlowSchedule(3.0)
         self.latent_shape = latent_shape
         channels = latent_shape[0]
         with torch.random.fork_rng(devices=[]):
@@ -57,10 +57,10 @@ class ToyPolicy:
         told, negative = (torch.randn(1, 1, 4, generator=generator(words, "text")) for words in (text, ""))
         if not with_negative:
             return Conditioning(told, told[:, 0])
-        return Conditioning(told, told[:, 0], negative, negative[:, 0])
+        return Conditioning(told, told[:, 0], negative=Conditioning(negative, negative[:, 0]))
 
     def predict(self, state_BCHW: torch.Tensor, sigma_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        told = self.network["told"](torch.cat([conditioning.pooled_PD, sigma_B[:, None]], dim=1))
+        told = self.network["told"](torch.cat([conditioning.need_pooled(), sigma_B[:, None]], dim=1))
         hidden = torch.tanh(self.network["inward"](state_BCHW) + told[:, :, None, None])
         return self.network["outward"](hidden).float()
 

@@ -24,7 +24,7 @@ from raylign.models.tokens import (
 from raylign.samplers import TokenSamplerConfig, make_token_sampler
 from raylign.types import Needs, Prompt, RolloutGroup, TokenTrajectory, WeightVersion
 from raylign.weights import WeightSnapshot, make_snapshot, verify_snapshot
-from rollout.engine import ChunkRequest, RolloutEngine, TokenSetup
+from rollout.engine import ChunkRequest, EvalPoint, RolloutEngine, TokenSetup
 from rollout.prompts import GroupTask
 
 PAD_ID, EOS_ID, MASK_ID, FIRST_LETTER_ID = 0, 1, 2, 3
@@ -191,7 +191,7 @@ def draw_texts(
     engine = RolloutEngine(policy, {"rollout": setup}, run_seed)
     engine.pull(policy.export_weights(0))
     tasks = tuple(GroupTask(Prompt(text, text), 0, place) for place, text in enumerate(texts))
-    return engine.generate(ChunkRequest(tasks, tuple(indices), gamma=gamma))
+    return engine.generate(ChunkRequest(tasks, tuple(indices), point=EvalPoint(gamma=gamma)))
 
 
 def written(group: RolloutGroup) -> TokenTrajectory:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
+from pydantic import Field
 
-from learner.policies import PolicySet
+from learner.advantages import AdvantageStd
+from learner.policies import PolicySet, Relative
+from raylign.config import Config
 from raylign.errors import ConfigError
 from raylign.models.tokens import Vocabulary
+from raylign.samplers.base import ImageSamplerConfig
 from raylign.types import Advantage, Needs, RolloutGroup
 
 BatchT_contra = TypeVar("BatchT_contra", contravariant=True)
-RolloutPolicy = Literal["current", "old"]
+RolloutPolicy = Literal["current", "old", "sampling"]
 """Whose weights rollout actors are given."""
 
 
@@ -73,13 +77,75 @@ class Algorithm(Protocol[BatchT_contra]):
         """The loss of each item of a micro-batch."""
         ...
 
-    def old_decay(self, num_optimiser_steps: int) -> float:
-        """How much of the old policy survives one learner step; asked only if OLD is needed."""
+    def decay(self, relative: Relative, num_optimiser_steps: int, step: int) -> float:
+        """How much of a relative survives learner step `step`: 1 keeps it as it is, 0 makes it the current policy.
+
+        Asked at the end of the step for each relative that is needed; `num_optimiser_steps` counts the run's.
+        """
         ...
 
-    def reference_decay(self, step: int) -> float:
-        """How much of the reference survives learner step `step`: 1 for a frozen one. Asked only if it is needed."""
+
+@dataclass(frozen=True, slots=True)
+class SurveyedItems:
+    """What a first pass without gradient found of every item of one update, those of other ranks included.
+
+    P groups of the step, G siblings, K items each. numbers_PGKF: fp64, what `survey` gave. present_PGK: bool, the items
+    of this update's valid samples; all else is 0. adv_PG and reward_PG: fp64.
+    """
+
+    numbers_PGKF: torch.Tensor
+    present_PGK: torch.Tensor
+    adv_PG: torch.Tensor
+    reward_PG: torch.Tensor
+
+
+@runtime_checkable
+class Surveys(Protocol[BatchT_contra]):
+    """An algorithm whose loss of one item depends on the others: it sees all of them once without gradient, then each
+    with what was settled. The gradient is that of the whole update, however it is cut into micro-batches."""
+
+    num_surveyed: int
+    """F."""
+
+    def survey(self, policies: PolicySet, batch: BatchT_contra) -> torch.Tensor:
+        """What the other items need to know of each item, (N, F) fp64."""
         ...
+
+    def settle(self, items: SurveyedItems) -> torch.Tensor:
+        """What `loss` finds of each item in `batch.settled_NF`, (P, G, K, any) fp64."""
+        ...
+
+
+class ImageAlgorithmConfig(Config):
+    """What every picture algorithm's configuration has; a subclass adds `type` and its own keys."""
+
+    adv_clip: float = Field(default=5.0, gt=0)
+    """Largest advantage."""
+    advantage_std: AdvantageStd = "global"
+    """Divide by the deviation of the whole step, or of each group; gdpo: each reward by its own group's, then weigh."""
+
+    @property
+    def needs(self) -> Needs:
+        """What must be recorded by the rollout and kept by the learner."""
+        return Needs.FINAL
+
+    @property
+    def rollout_policy(self) -> RolloutPolicy:
+        """Whose weights rollouts are drawn with."""
+        return "current"
+
+    @property
+    def guidance_free(self) -> bool:
+        """Whether the method trains without guidance, so that guided rollouts would come from another policy."""
+        return False
+
+    @property
+    def smallest_clip(self) -> float | None:
+        """The narrowest clip range of its ratios; None without any."""
+        return None
+
+    def check_sampler(self, sampler: ImageSamplerConfig) -> None:
+        """Raise ConfigError, with the remedy, for rollouts the method was not made for; takes all by default."""
 
 
 def usable_steps(num_steps: int) -> int:

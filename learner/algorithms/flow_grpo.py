@@ -12,28 +12,30 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from learner.advantages import AdvantageStd, credit_groups
-from learner.algorithms.base import ItemLosses, LossSetting, RolloutPolicy, check_count, usable_steps
+from learner.advantages import credit_groups
+from learner.algorithms.base import (
+    ImageAlgorithmConfig,
+    ItemLosses,
+    LossSetting,
+    RolloutPolicy,
+    check_count,
+    usable_steps,
+)
 from learner.batching import MicroBatch
 from learner.losses import KlSpace, clipped_policy_loss, norm_ratio, reference_kl
-from learner.policies import PolicySet
-from raylign.config import Config
+from learner.policies import PolicySet, Relative
 from raylign.errors import ShapeError
 from raylign.keys import generator
-from raylign.samplers import Sampler
+from raylign.samplers import Sampler, num_steps
 from raylign.types import Advantage, Needs, RolloutGroup
 
 
-class FlowGrpoConfig(Config):
+class FlowGrpoConfig(ImageAlgorithmConfig):
     """Flow-GRPO with its Stable Diffusion 3.5 Medium setting (OCR and GenEval)."""
 
     type: Literal["flow_grpo"] = "flow_grpo"
     clip_range: float = Field(default=1e-4, gt=0, lt=1)
     """Ratios beyond 1 ± this get no gradient in the advantage's direction; small, as log-probs are means over dims."""
-    adv_clip: float = Field(default=5.0, gt=0)
-    """Largest advantage."""
-    advantage_std: AdvantageStd = "global"
-    """Divide by the deviation of the whole step, or of each group; gdpo: each reward by its own group's, then weigh."""
     kl_weight: float = Field(default=0.04, ge=0)
     """Weight of the distance to the reference; .01 for PickScore in the paper."""
     kl_space: KlSpace = "mean_over_std2_no_dt"
@@ -47,8 +49,8 @@ class FlowGrpoConfig(Config):
         return Needs.STEPS | Needs.LOGPROBS | Needs.CHUNKS | (Needs.REFERENCE if self.kl_weight > 0 else Needs(0))
 
     @property
-    def rollout_policy(self) -> RolloutPolicy:
-        return "current"
+    def smallest_clip(self) -> float | None:
+        return self.clip_range
 
 
 class FlowGrpo:
@@ -60,7 +62,7 @@ class FlowGrpo:
         self._sampler = sampler
         self._guidance_scale = setting.guidance_scale
         # The paper's code drops the last step: its density is too narrow for a ratio to mean anything.
-        self._usable_steps = usable_steps(sampler.num_steps)
+        self._usable_steps = usable_steps(num_steps(sampler))
         asked = config.num_train_steps or self._usable_steps
         self._num_train = check_count(asked, self._usable_steps, "algorithm.num_train_steps")
         self.metrics: tuple[str, ...] = ("loss/policy", "ratio/mean", "ratio/deviation_max", "ratio/clip_fraction")
@@ -123,8 +125,5 @@ class FlowGrpo:
             metrics |= {"loss/kl": kl_N, "velocity/norm_ratio": norm_ratio(velocity, ref)}
         return ItemLosses(loss_N, {name: value.detach() for name, value in metrics.items()})
 
-    def old_decay(self, num_optimiser_steps: int) -> float:
-        return 0.0
-
-    def reference_decay(self, step: int) -> float:
+    def decay(self, relative: Relative, num_optimiser_steps: int, step: int) -> float:
         return 1.0

@@ -13,14 +13,21 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from learner.advantages import AdvantageStd, credit_groups, r_from_advantage
-from learner.algorithms.base import ItemLosses, LossSetting, RolloutPolicy, check_count, usable_steps
+from learner.advantages import credit_groups, r_from_advantage
+from learner.algorithms.base import (
+    ImageAlgorithmConfig,
+    ItemLosses,
+    LossSetting,
+    RolloutPolicy,
+    check_count,
+    usable_steps,
+)
 from learner.batching import MicroBatch
 from learner.losses import nft_loss, norm_ratio, velocity_mse
-from learner.policies import PolicySet
+from learner.policies import PolicySet, Relative
 from raylign.config import Config
 from raylign.keys import generator, normal
-from raylign.samplers import Sampler
+from raylign.samplers import Sampler, num_steps
 from raylign.types import Advantage, Needs, RolloutGroup
 
 
@@ -44,7 +51,7 @@ class OldDecay(Config):
         return min(self.start_value + max(0, num_optimiser_steps - self.start) * self.slope, self.end)
 
 
-class NftConfig(Config):
+class NftConfig(ImageAlgorithmConfig):
     """DiffusionNFT with its released single-reward setting."""
 
     type: Literal["nft"] = "nft"
@@ -52,8 +59,6 @@ class NftConfig(Config):
     """How far v± lie from v_old; .1 for OCR and multi-reward in the paper."""
     adv_clip: float = Field(default=5.0, gt=0)
     """Advantages of this size become r = 0 or 1; also the policy loss's factor. Smaller is sharper."""
-    advantage_std: AdvantageStd = "global"
-    """Divide by the deviation of the whole step, or of each group; gdpo: each reward by its own group's, then weigh."""
     num_train_times: int | None = Field(default=None, ge=1)
     """Noise levels trained per sample, drawn from the sampler's; int(.99 num_steps) when not given."""
     kl_weight: float = Field(default=1e-4, ge=0)
@@ -69,6 +74,10 @@ class NftConfig(Config):
     def rollout_policy(self) -> RolloutPolicy:
         return "old"
 
+    @property
+    def guidance_free(self) -> bool:
+        return True
+
 
 class Nft:
     """See the module's docstring."""
@@ -77,8 +86,8 @@ class Nft:
         self.config = config
         sampler: Sampler = setting.sampler
         self._sigmas_S1 = sampler.sigmas_S1
-        asked = config.num_train_times or usable_steps(sampler.num_steps)
-        self._num_times = check_count(asked, sampler.num_steps, "algorithm.num_train_times")
+        asked = config.num_train_times or usable_steps(num_steps(sampler))
+        self._num_times = check_count(asked, num_steps(sampler), "algorithm.num_train_times")
         self.metrics: tuple[str, ...] = ("loss/policy", "velocity/old_gap", "r/mean")
         if Needs.REFERENCE in config.needs:
             self.metrics += ("loss/kl", "velocity/norm_ratio")
@@ -96,9 +105,9 @@ class Nft:
 
     def items(self, group: RolloutGroup, run_seed: int, step: int) -> torch.Tensor:
         """The first levels of a random permutation of the sampler's, each sample its own."""
-        num_steps = len(self._sigmas_S1) - 1
+        num_levels = len(self._sigmas_S1) - 1
         draws = [generator(*rollout.key, "train_times") for rollout in group.rollouts]
-        orders = [torch.randperm(num_steps, generator=draw) for draw in draws]
+        orders = [torch.randperm(num_levels, generator=draw) for draw in draws]
         return torch.stack([order[: self._num_times] for order in orders])
 
     def shares(self, group: RolloutGroup) -> torch.Tensor:
@@ -124,11 +133,8 @@ class Nft:
             metrics |= {"loss/kl": kl_N, "velocity/norm_ratio": norm_ratio(velocity, ref)}
         return ItemLosses(loss_N, {name: value.detach() for name, value in metrics.items()})
 
-    def old_decay(self, num_optimiser_steps: int) -> float:
-        return self.config.old_decay.at(num_optimiser_steps)
-
-    def reference_decay(self, step: int) -> float:
-        return 1.0
+    def decay(self, relative: Relative, num_optimiser_steps: int, step: int) -> float:
+        return self.config.old_decay.at(num_optimiser_steps) if relative == "old" else 1.0
 
 
 def train_noise_generators(batch: MicroBatch) -> list[torch.Generator]:

@@ -19,7 +19,7 @@ from learner.advantages import Baseline, SampleStd, group_rewards, relative_adva
 from learner.algorithms.base import ItemLosses, LossSetting, RolloutPolicy
 from learner.batching import TokenBatch
 from learner.noising import Estimator, Scorer
-from learner.policies import PolicySet
+from learner.policies import PolicySet, Relative
 from learner.token_losses import KlEstimator, budget_loss, clipped_ratio_loss, kl_penalty, masked_mean, masked_sum
 from raylign.config import Config
 from raylign.errors import ShapeError
@@ -164,11 +164,10 @@ class TokenAlgorithm(ABC):
             found["loss/budget"] = budget_N.detach()
         return ItemLosses(loss_N, found)
 
-    def old_decay(self, num_optimiser_steps: int) -> float:
-        """The policy of a step's beginning is an exact copy."""
-        return 0.0
-
-    def reference_decay(self, step: int) -> float:
+    def decay(self, relative: Relative, num_optimiser_steps: int, step: int) -> float:
+        """The policy of a step's beginning is an exact copy; the reference is frozen, or moves now and then."""
+        if relative == "old":
+            return 0.0
         every = self.config.reference_sync_steps
         return 1.0 - self.config.reference_sync_alpha if every is not None and step % every == 0 else 1.0
 

@@ -14,9 +14,10 @@ from pydantic import Field
 from raylign.config import Config
 from raylign.models.base import DenoisingPolicy, Role
 from raylign.models.dream import DREAM, DreamConfig
+from raylign.models.image_export import export_image
+from raylign.models.image_policy import Architecture, ImageModelConfig, check_image, load_image
 from raylign.models.llada import LLADA, LladaConfig
-from raylign.models.sd3 import Sd3Config, check_sd3, load_sd3
-from raylign.models.sd3_export import export_sd3
+from raylign.models.sd3 import SD3, Sd3Config
 from raylign.models.text_checkpoint import TextFormat, check_text, export_text, load_text
 from raylign.models.text_policy import TextModelConfig
 from raylign.models.tiny_text import TINY_TEXT, TinyTextConfig
@@ -40,9 +41,18 @@ def _text_family(text_format: TextFormat) -> Family:
     )
 
 
+def _image_family(architecture: Architecture) -> Family:
+    return Family(
+        "image",
+        partial(load_image, architecture),
+        partial(check_image, architecture),
+        partial(export_image, architecture),
+    )
+
+
 ModelConfig = Annotated[Sd3Config | LladaConfig | DreamConfig | TinyTextConfig, Field(discriminator="type")]
 MODEL_FAMILIES: dict[type[Config], Family] = {
-    Sd3Config: Family("image", load_sd3, check_sd3, export_sd3),
+    Sd3Config: _image_family(SD3),
     LladaConfig: _text_family(LLADA),
     DreamConfig: _text_family(DREAM),
     TinyTextConfig: _text_family(TINY_TEXT),
@@ -51,7 +61,7 @@ MODEL_FAMILIES: dict[type[Config], Family] = {
 
 @overload
 def load_policy(
-    config: Sd3Config,
+    config: ImageModelConfig,
     role: Role,
     device: str = "cpu",
     precision: Precision = "fp32",
@@ -72,7 +82,7 @@ def load_policy(
 
 
 def load_policy(
-    config: ModelConfig | TextModelConfig,
+    config: ImageModelConfig | TextModelConfig,
     role: Role,
     device: str = "cpu",
     precision: Precision = "fp32",

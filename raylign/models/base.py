@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
+from raylign.errors import ShapeError
+from raylign.models.schedule import NoiseSchedule
 from raylign.types import WeightVersion
 from raylign.weights import WeightSnapshot
 
@@ -23,13 +25,15 @@ Role = Literal["rollout", "learner"]
 class Conditioning:
     """What the network is told about prompts; the leading axis is P prompts (or B samples).
 
-    prompt_embeds_PLD, pooled_PD: text encodings. The `negative` pair is there when guidance is on.
+    prompt_embeds_PLD: text states. pooled_PD: one vector per prompt, where the family has one. mask_PL: bool or int,
+    which states count, where the family tells its network. negative: what the empty prompt says, where it was asked
+    for.
     """
 
     prompt_embeds_PLD: torch.Tensor
-    pooled_PD: torch.Tensor
-    negative_embeds_PLD: torch.Tensor | None = None
-    negative_pooled_PD: torch.Tensor | None = None
+    pooled_PD: torch.Tensor | None = None
+    mask_PL: torch.Tensor | None = None
+    negative: Conditioning | None = None
 
     def repeat(self, count: int) -> Conditioning:
         """Each row `count` times in a row."""
@@ -42,22 +46,47 @@ class Conditioning:
     def to(self, device: torch.device) -> Conditioning:
         return self._each(lambda tensor: tensor.to(device))
 
+    def without_negative(self) -> Conditioning:
+        """The prompts alone."""
+        return Conditioning(self.prompt_embeds_PLD, self.pooled_PD, self.mask_PL)
+
+    def need_pooled(self) -> torch.Tensor:
+        """The pooled vectors. Raises ShapeError for a family's conditioning without them."""
+        if self.pooled_PD is None:
+            raise ShapeError("this network takes a pooled text vector, and the conditioning has none")
+        return self.pooled_PD
+
+    def need_negative(self) -> Conditioning:
+        """What the empty prompt says. Raises ShapeError where it was not asked for."""
+        if self.negative is None:
+            raise ShapeError("guidance needs negative conditioning, and this has none; encode with_negative=True")
+        return self.negative
+
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Conditioning:
-        negative = self.negative_embeds_PLD, self.negative_pooled_PD
+        def maybe(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else change(tensor)
+
         return Conditioning(
             change(self.prompt_embeds_PLD),
-            change(self.pooled_PD),
-            *(None if tensor is None else change(tensor) for tensor in negative),
+            maybe(self.pooled_PD),
+            maybe(self.mask_PL),
+            None if self.negative is None else self.negative._each(change),
         )
 
 
 def join_conditioning(parts: Sequence[Conditioning]) -> Conditioning:
-    """Rows of several conditionings, one after the other."""
-    negatives = [p.negative_embeds_PLD for p in parts], [p.negative_pooled_PD for p in parts]
+    """Rows of several conditionings, one after the other. A negative is kept where all of them have one."""
+
+    def join(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        given = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(given) if len(given) == len(tensors) else None
+
+    negatives = [part.negative for part in parts if part.negative is not None]
     return Conditioning(
-        torch.cat([p.prompt_embeds_PLD for p in parts]),
-        torch.cat([p.pooled_PD for p in parts]),
-        *(None if tensors[0] is None else torch.cat([t for t in tensors if t is not None]) for tensors in negatives),
+        torch.cat([part.prompt_embeds_PLD for part in parts]),
+        join([part.pooled_PD for part in parts]),
+        join([part.mask_PL for part in parts]),
+        join_conditioning(negatives) if len(negatives) == len(parts) else None,
     )
 
 
@@ -65,8 +94,8 @@ class DenoisingPolicy(Protocol):
     """An image flow model as Raylign sees it."""
 
     device: torch.device
-    schedule_shift: float
-    """Time shift of the model's own noise schedule."""
+    schedule: NoiseSchedule
+    """The noise levels it was made for."""
     latent_shape: tuple[int, int, int]
     """(C, H, W) of one latent."""
 
@@ -109,12 +138,7 @@ def guided_velocity(
     """Velocity under classifier-free guidance (2207.12598): u + w (c - u) in one doubled batch; plain at w = 1."""
     if guidance_scale == 1.0:
         return policy.predict(state_BCHW, sigma_B, conditioning)
-    if conditioning.negative_embeds_PLD is None or conditioning.negative_pooled_PD is None:
-        raise ValueError(f"guidance_scale {guidance_scale} needs negative conditioning; encode with_negative=True")
-    both = Conditioning(
-        torch.cat([conditioning.negative_embeds_PLD, conditioning.prompt_embeds_PLD]),
-        torch.cat([conditioning.negative_pooled_PD, conditioning.pooled_PD]),
-    )
+    both = join_conditioning([conditioning.need_negative(), conditioning.without_negative()])
     velocity = policy.predict(torch.cat([state_BCHW, state_BCHW]), torch.cat([sigma_B, sigma_B]), both)
     unconditional, conditional = velocity.chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)

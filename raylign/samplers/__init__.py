@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import Field
 
-from raylign.samplers.base import Sampler, Transition
+from raylign.models.schedule import FlowSchedule, NoiseSchedule, flow_sigmas
+from raylign.samplers.base import ImageSamplerConfig, Past, Sampler, Transition, num_steps, ode_transition
+from raylign.samplers.cps import Cps, CpsConfig
+from raylign.samplers.dance_sde import DanceSde, DanceSdeConfig
+from raylign.samplers.dpm_solver import DpmSolver, DpmSolverConfig
 from raylign.samplers.dream import Dream, DreamConfig
 from raylign.samplers.entropy_bounded import EntropyBounded, EntropyBoundedConfig
 from raylign.samplers.euler_ode import EulerOde, EulerOdeConfig
 from raylign.samplers.factor import Factor, FactorConfig
 from raylign.samplers.flow_sde import FlowSde, FlowSdeConfig
+from raylign.samplers.gddim import Gddim, GddimConfig
 from raylign.samplers.left_to_right import LeftToRight, LeftToRightConfig
 from raylign.samplers.low_confidence import LowConfidence, LowConfidenceConfig
-from raylign.samplers.schedule import flow_sigmas
+from raylign.samplers.sa_solver import SaSolver, SaSolverConfig
 from raylign.samplers.threshold import Threshold, ThresholdConfig
 from raylign.samplers.tokens import Candidates, TokenSampler, TokenSamplerConfig, TokenTransition
 
 SamplerConfig = Annotated[
     EulerOdeConfig
+    | DpmSolverConfig
     | FlowSdeConfig
+    | DanceSdeConfig
+    | CpsConfig
+    | GddimConfig
+    | SaSolverConfig
     | LowConfidenceConfig
     | ThresholdConfig
     | FactorConfig
@@ -29,9 +40,14 @@ SamplerConfig = Annotated[
     | LeftToRightConfig,
     Field(discriminator="type"),
 ]
-IMAGE_SAMPLERS = {
+IMAGE_SAMPLERS: dict[type[ImageSamplerConfig], Callable[..., Sampler]] = {
     EulerOdeConfig: EulerOde,
+    DpmSolverConfig: DpmSolver,
     FlowSdeConfig: FlowSde,
+    DanceSdeConfig: DanceSde,
+    CpsConfig: Cps,
+    GddimConfig: Gddim,
+    SaSolverConfig: SaSolver,
 }
 TOKEN_SAMPLERS = {
     LowConfidenceConfig: LowConfidence,
@@ -44,10 +60,9 @@ TOKEN_SAMPLERS = {
 SAMPLERS = {**IMAGE_SAMPLERS, **TOKEN_SAMPLERS}
 
 
-def make_sampler(config: EulerOdeConfig | FlowSdeConfig, model_shift: float) -> Sampler:
-    """The image sampler a configuration names, on its own shift or the model's."""
-    sigmas_S1 = flow_sigmas(config.num_steps, model_shift if config.shift is None else config.shift)
-    return IMAGE_SAMPLERS[type(config)](config, sigmas_S1)  # type: ignore[arg-type]  # the table pairs them
+def make_sampler(config: ImageSamplerConfig, schedule: NoiseSchedule) -> Sampler:
+    """The image sampler a configuration names, on the model's noise levels."""
+    return IMAGE_SAMPLERS[type(config)](config, schedule.levels(config.num_steps, config.shift))
 
 
 def make_token_sampler(config: TokenSamplerConfig, canvas_length: int) -> TokenSampler:
@@ -60,6 +75,10 @@ __all__ = [
     "SAMPLERS",
     "TOKEN_SAMPLERS",
     "Candidates",
+    "FlowSchedule",
+    "ImageSamplerConfig",
+    "NoiseSchedule",
+    "Past",
     "Sampler",
     "SamplerConfig",
     "TokenSampler",
@@ -69,4 +88,6 @@ __all__ = [
     "flow_sigmas",
     "make_sampler",
     "make_token_sampler",
+    "num_steps",
+    "ode_transition",
 ]

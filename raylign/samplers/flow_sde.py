@@ -11,25 +11,20 @@ sigma* = sigma, except that the first level 1 uses the second level (the coeffic
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field
 
-from raylign.config import Config
-from raylign.samplers.base import Transition
+from raylign.samplers.base import Past, SdeSamplerConfig, Transition
+from raylign.samplers.log_snr import PURE_NOISE
 
 
-class FlowSdeConfig(Config):
+class FlowSdeConfig(SdeSamplerConfig):
     """Stochastic sampler with a density per step: what policy-ratio algorithms (Flow-GRPO) need."""
 
     type: Literal["flow_sde"] = "flow_sde"
-    num_steps: int = Field(default=10, ge=2)
-    """Denoising steps."""
-    guidance_scale: float = Field(default=1.0, ge=1.0)
-    """Classifier-free guidance; 1 is off."""
-    shift: float | None = Field(default=None, gt=0)
-    """Time shift of the schedule; the model's own when not given."""
     noise_level: float = Field(default=0.7, gt=0)
     """a in the formula: .7 for Stable Diffusion 3.5 Medium, .9 for FLUX."""
 
@@ -37,20 +32,17 @@ class FlowSdeConfig(Config):
 class FlowSde:
     """See the module's docstring."""
 
-    stochastic = True
-
     def __init__(self, config: FlowSdeConfig, sigmas_S1: torch.Tensor) -> None:
         self.config = config
         self.sigmas_S1 = sigmas_S1
+        self.stochastic_S = (True,) * config.num_steps
 
-    @property
-    def num_steps(self) -> int:
-        return len(self.sigmas_S1) - 1
-
-    def transition(self, velocity_BCHW: torch.Tensor, state_BCHW: torch.Tensor, step: int) -> Transition:
+    def transition(
+        self, velocity_BCHW: torch.Tensor, state_BCHW: torch.Tensor, step: int, past: Sequence[Past] = ()
+    ) -> Transition:
         sigma = float(self.sigmas_S1[step])
         delta = float(self.sigmas_S1[step + 1]) - sigma
-        regular = float(self.sigmas_S1[1]) if sigma >= 1.0 else sigma
+        regular = float(self.sigmas_S1[1]) if sigma >= PURE_NOISE else sigma
         noise_scale = self.config.noise_level * math.sqrt(sigma / (1 - regular))
         pull = noise_scale**2 / (2 * sigma) * delta
         push = (1 + noise_scale**2 * (1 - sigma) / (2 * sigma)) * delta

@@ -14,7 +14,7 @@ from learner.batching import MicroBatch, StepData, cut
 from learner.learner import Learner, LearnerConfig
 from learner.policies import PolicySet
 from raylign.errors import ConfigError
-from raylign.samplers import Sampler
+from raylign.samplers import Sampler, num_steps
 from raylign.types import Needs, RolloutGroup
 from tests.tiny_models import RUN_SEED, ToyPolicy, breakdown, by_sibling, draw_groups, euler, flow_sde, train_step
 
@@ -90,8 +90,8 @@ def test_trained_steps_are_keyed_and_in_range(config_cls: type) -> None:
     (group,) = draw_groups(ToyPolicy(), sampler, config.needs, num_groups=1, group_size=12)
     items = algorithm.items(group, RUN_SEED, 1)
     assert items.shape[0] == 12
-    assert 1 <= items.shape[1] <= sampler.num_steps
-    assert ((items >= 0) & (items < sampler.num_steps)).all()
+    assert 1 <= items.shape[1] <= num_steps(sampler)
+    assert ((items >= 0) & (items < num_steps(sampler))).all()
     for row in items.tolist():
         assert len(set(row)) == len(row)
     torch.manual_seed(99)  # global state must not matter, nor who else is in the batch
@@ -115,7 +115,7 @@ def test_a_loss_reports_what_it_declares_one_number_per_item(config_cls: type) -
     for options in ({}, {"kl_weight": 0}):
         algorithm, config, sampler = make(config_cls, **options)
         policy = ToyPolicy()
-        policies = PolicySet(policy, "fp32", old=Needs.OLD in config.needs, reference=Needs.REFERENCE in config.needs)
+        policies = PolicySet(policy, "fp32", config.needs)
         for batch in micro_batches(algorithm, draw_groups(policy, sampler, config.needs, reward=failing)):
             losses = algorithm.loss(policies, batch)
             assert losses.loss_N.shape == (len(batch.keys),)
@@ -131,7 +131,7 @@ def test_a_loss_reports_what_it_declares_one_number_per_item(config_cls: type) -
 def test_an_items_loss_does_not_depend_on_its_micro_batch(config_cls: type) -> None:
     algorithm, config, sampler = make(config_cls)
     policy = ToyPolicy()
-    policies = PolicySet(policy, "fp32", old=Needs.OLD in config.needs, reference=Needs.REFERENCE in config.needs)
+    policies = PolicySet(policy, "fp32", config.needs)
     groups = draw_groups(policy, sampler, config.needs)
 
     def losses(size: int) -> dict[tuple[object, int], float]:

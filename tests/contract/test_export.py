@@ -46,7 +46,7 @@ def _trained(config: Sd3Config) -> DenoisingPolicy:
 
 
 def _ours(policy: DenoisingPolicy) -> np.ndarray:
-    sampler = make_sampler(EulerOdeConfig(num_steps=NUM_STEPS), policy.schedule_shift)
+    sampler = make_sampler(EulerOdeConfig(num_steps=NUM_STEPS), policy.schedule)
     engine = RolloutEngine(policy, {"eval": SamplerSetup(sampler, 1.0, Needs.FINAL)}, 0)
     engine.pull(policy.export_weights(1), "eval")
     (group,) = engine.generate(ChunkRequest((GroupTask(Prompt("p", PROMPT), -1, 0),), (0,), "eval"))

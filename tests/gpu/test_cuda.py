@@ -22,7 +22,7 @@ CONFIG_VALUES = {"height": 8, "width": 16, "lora": LoraSettings(rank=2, alpha=4)
 def _engine(device: str, precision: str) -> RolloutEngine:
     config = Sd3Config(path=str(sd3_folder()), tuning="full", **CONFIG_VALUES)  # type: ignore[arg-type]
     policy = load_policy(config, "rollout", device, precision)  # type: ignore[arg-type]
-    sampler = make_sampler(FlowSdeConfig(num_steps=4), policy.schedule_shift)
+    sampler = make_sampler(FlowSdeConfig(num_steps=4), policy.schedule)
     engine = RolloutEngine(policy, {"rollout": SamplerSetup(sampler, 1.0, Needs.STEPS | Needs.LOGPROBS)}, 0)
     master = load_policy(config, "learner", "cpu")
     engine.pull(master.export_weights(0))

@@ -15,7 +15,7 @@ from learner.batching import TokenBatch
 from learner.noising import Scorer, masked_at, random_masks
 from learner.policies import PolicySet
 from raylign.keys import generator
-from raylign.types import SampleKey, TokenTrajectory
+from raylign.types import Needs, SampleKey, TokenTrajectory
 from tests.toy_text import EOS_ID, FIRST_LETTER_ID, MASK_ID, ToyTextPolicy
 
 LENGTH = 5
@@ -86,7 +86,7 @@ def batch_of(response: tuple[int, ...], keys: list[SampleKey]) -> TokenBatch:
 
 def scorer_of(batch: TokenBatch) -> Scorer:
     toy = policy()
-    return Scorer(PolicySet(toy, "fp32", old=False, reference=False), batch, toy.vocabulary)
+    return Scorer(PolicySet(toy, "fp32", Needs.FINAL), batch, toy.vocabulary)
 
 
 def within_three_errors(estimates_N: torch.Tensor, exact: float) -> bool:

@@ -95,7 +95,7 @@ def reinforce_gradient(
         states = group.latents.states_GS1CHW
         assert states is not None
         conditioning = group.conditioning.repeat(group.group_size)
-        for step in range(sampler.num_steps - 1):
+        for step in range(len(sampler.sigmas_S1) - 2):
             sigma_B = sampler.sigmas_S1[step].expand(group.group_size)
             velocity = policy.predict(states[:, step], sigma_B, conditioning)
             logprob = sampler.transition(velocity, states[:, step], step).logprob(states[:, step + 1])

@@ -43,7 +43,7 @@ def whole(groups: list[RolloutGroup]) -> TokenBatch:
 
 
 def scorer_for(policy: ToyTextPolicy, batch: TokenBatch) -> Scorer:
-    return Scorer(PolicySet(policy, "fp32", old=False, reference=False), batch, policy.vocabulary)
+    return Scorer(PolicySet(policy, "fp32", Needs.FINAL), batch, policy.vocabulary)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

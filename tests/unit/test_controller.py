@@ -274,7 +274,7 @@ def test_the_first_and_the_last_evaluation_are_repeated_at_each_budget() -> None
     run = Run(num_steps=4, settings=text).go()
     assert run.recorder.evaluations == [0, 2, 4]
     assert run.recorder.sweeps == [(0, {0.1: 1, 1.0: 1}), (4, {0.1: 1, 1.0: 1})]
-    assert [request.gamma for request in run.fleet.requests if request.slot == "eval"] == [
+    assert [request.point.gamma for request in run.fleet.requests if request.slot == "eval"] == [
         *(None, 0.1, 1.0),
         *(None,),
         *(None, 0.1, 1.0),

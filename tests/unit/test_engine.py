@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raylign.errors import WeightError
-from raylign.samplers import make_sampler
+from raylign.samplers import FlowSchedule, make_sampler
 from raylign.samplers.euler_ode import EulerOdeConfig
 from raylign.samplers.flow_sde import FlowSdeConfig
 from raylign.types import Needs, Prompt, RolloutStatus
@@ -24,9 +24,9 @@ def _engine(run_seed: int = 0, guidance_scale: float = 1.0) -> RolloutEngine:
     policy = TwoNumberPolicy()
     setups: dict[Slot, SamplerSetup] = {
         "rollout": SamplerSetup(
-            make_sampler(FlowSdeConfig(num_steps=4), 1.0), guidance_scale, Needs.STEPS | Needs.LOGPROBS
+            make_sampler(FlowSdeConfig(num_steps=4), FlowSchedule(1.0)), guidance_scale, Needs.STEPS | Needs.LOGPROBS
         ),
-        "eval": SamplerSetup(make_sampler(EulerOdeConfig(num_steps=3), 1.0), 1.0, Needs.FINAL),
+        "eval": SamplerSetup(make_sampler(EulerOdeConfig(num_steps=3), FlowSchedule(1.0)), 1.0, Needs.FINAL),
     }
     engine = RolloutEngine(policy, setups, run_seed)
     engine.pull(policy.export_weights(7), "rollout")
@@ -51,7 +51,7 @@ def test_what_the_algorithm_needs_is_recorded_and_scores_as_it_was_sampled() -> 
     assert logprobs is not None
     assert states.shape == (2, 5, 1, 2, 3)
     assert torch.equal(states[:, -1], group.latents.final_GCHW)
-    sampler = make_sampler(FlowSdeConfig(num_steps=4), 1.0)
+    sampler = make_sampler(FlowSdeConfig(num_steps=4), FlowSchedule(1.0))
     conditioning = group.conditioning.repeat(2)
     for step in range(4):
         velocity = engine.policy.predict(states[:, step], sampler.sigmas_S1[step].expand(2), conditioning)
@@ -131,7 +131,7 @@ def test_generating_before_any_pull_is_an_error() -> None:
 def test_guidance_extrapolates_from_the_unconditional_velocity() -> None:
     plain = _engine().generate(ChunkRequest((TWO,), (0,)))[0]
     guided = _engine(guidance_scale=3.0).generate(ChunkRequest((TWO,), (0,)))[0]
-    assert guided.conditioning.negative_embeds_PLD is not None
+    assert guided.conditioning.negative is not None
     # The fake's velocity is linear in the prompt, so guidance 3 is a prompt three times as long.
     engine = _engine()
     triple = GroupTask(Prompt("2", TWO.prompt.text * 3), 0, 1)

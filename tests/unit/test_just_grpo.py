@@ -63,7 +63,7 @@ def test_the_probabilities_of_all_texts_add_up_to_1() -> None:
     policy = ToyTextPolicy(canvas_length=3, letters="ab")
     alphabet = [token for token in range(policy.vocabulary.size) if token != MASK_ID]
     texts = torch.tensor(list(itertools.product(alphabet, repeat=3)))
-    scorer = Scorer(PolicySet(policy, "fp32", old=False, reference=False), batch_of(policy, texts), policy.vocabulary)
+    scorer = Scorer(PolicySet(policy, "fp32", Needs.FINAL), batch_of(policy, texts), policy.vocabulary)
     with torch.no_grad():
         score_N = torch.stack(
             [scorer.learner(prefix_canvas(torch.full((len(texts),), place), 3)).sum(dim=1) for place in range(3)]

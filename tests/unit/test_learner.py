@@ -38,7 +38,7 @@ def groups_for(algorithm: AlgorithmConfig, first: int = 0) -> list[RolloutGroup]
 def poisoned(groups: list[RolloutGroup]) -> list[RolloutGroup]:
     """The same groups, one with a text encoding so large that the network's answer to it is not finite."""
     told = groups[0].conditioning
-    return [replace(groups[0], conditioning=replace(told, pooled_PD=told.pooled_PD * math.inf)), *groups[1:]]
+    return [replace(groups[0], conditioning=replace(told, pooled_PD=told.need_pooled() * math.inf)), *groups[1:]]
 
 
 @ALGORITHMS

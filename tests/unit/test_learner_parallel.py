@@ -52,7 +52,7 @@ def three_steps(algorithm: str, ranks: RankGroup) -> Any:
         groups = draw_groups(ToyPolicy(), sampler, config.needs, num_groups=4, first_sequence=step)
         if step == 2:
             told = groups[3].conditioning
-            groups[3] = replace(groups[3], conditioning=replace(told, pooled_PD=told.pooled_PD * math.inf))
+            groups[3] = replace(groups[3], conditioning=replace(told, pooled_PD=told.need_pooled() * math.inf))
         (result,) = train_step(learner, groups, step)
         results.append([result.finite, dict(result.metrics)])
     weights = torch.cat([p.detach().flatten() for p in learner.policy.trainable_parameters().values()])

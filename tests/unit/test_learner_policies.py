@@ -8,6 +8,7 @@ import torch
 from learner.policies import PolicySet, check_names, clone_tensors, decay_towards, using
 from raylign.errors import WeightError
 from raylign.precision import Precision
+from raylign.types import Needs
 from tests.tiny_models import ToyPolicy
 
 
@@ -47,7 +48,7 @@ def test_a_relative_answers_as_the_policy_did_when_it_was_taken(precision: Preci
     # Under autocast too, whose cache of cast weights would otherwise answer for whoever asked first.
     policy = ToyPolicy()
     told = policy.encode("word", False).repeat(2)
-    policies = PolicySet(policy, precision, old=True, reference=True)
+    policies = PolicySet(policy, precision, Needs.OLD | Needs.REFERENCE)
     state, sigma = ask(policy)
     before = policies.velocity(state, sigma, told)
     move(policy, 0.1)
@@ -64,7 +65,7 @@ def test_a_relative_answers_as_the_policy_did_when_it_was_taken(precision: Preci
 def test_asking_a_relative_leaves_a_gradient_as_it_was() -> None:
     policy = ToyPolicy()
     told = policy.encode("word", False).repeat(2)
-    policies = PolicySet(policy, "fp32", old=True, reference=False)
+    policies = PolicySet(policy, "fp32", Needs.OLD)
     move(policy, 0.1)
     state, sigma = ask(policy)
     policies.velocity(state, sigma, told).square().sum().backward()

@@ -23,6 +23,7 @@ from learner.noising import (
 )
 from learner.policies import PolicySet
 from raylign.keys import generator
+from raylign.types import Needs
 from tests.text_groups import draw_text_groups, policies_for, text_algorithm, token_batches
 from tests.toy_text import EOS_ID, FIRST_LETTER_ID, MASK_ID, ToyTextPolicy
 
@@ -34,7 +35,7 @@ def batch_of(policy: ToyTextPolicy, num_groups: int = 3, epochs: int = 1) -> lis
 
 
 def scorer_of(policy: ToyTextPolicy, batch: TokenBatch) -> Scorer:
-    return Scorer(PolicySet(policy, "fp32", old=True, reference=True), batch, policy.vocabulary)
+    return Scorer(PolicySet(policy, "fp32", Needs.OLD | Needs.REFERENCE), batch, policy.vocabulary)
 
 
 def test_random_masks_are_of_the_size_and_inside() -> None:

@@ -1,0 +1,196 @@
+"""One DenoisingPolicy for every diffusers pipeline: what families share, over what sets each apart.
+
+Text encoding, the network and the VAE are diffusers' own modules; a family's file says in an `Architecture` how they
+are called. diffusers is imported when a policy is loaded, not when a configuration is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from raylign.assets import resolve
+from raylign.config import Config
+from raylign.errors import ModelError
+from raylign.models.adapters import LoraSettings
+from raylign.models.base import Conditioning, Role
+from raylign.models.pipeline_folder import (
+    PipelineForm,
+    check_pipeline_folder,
+    component_config,
+    load_network,
+    load_pipeline,
+)
+from raylign.models.schedule import NoiseSchedule
+from raylign.models.tuned import TunedWeights
+from raylign.precision import Precision
+from raylign.shapes import check_shape
+from raylign.types import WeightVersion
+from raylign.weights import WeightSnapshot
+
+
+class ImageModelConfig(Config):
+    """Keys of every image model; a subclass adds `type`, a `path` with a default where one ships, and its own."""
+
+    path: str
+    """diffusers pipeline directory."""
+    height: int = Field(default=512, ge=8)
+    """Picture height in pixels."""
+    width: int = Field(default=512, ge=8)
+    """Picture width in pixels."""
+    tuning: Literal["lora", "full"] = "lora"
+    """Train a LoRA adapter or every weight of the network."""
+    lora: LoraSettings = LoraSettings()
+    """The adapter, when tuning is "lora"."""
+    decode_slice: int = Field(default=16, ge=1)
+    """Pictures that go through the VAE together; fewer need less memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes of one latent, (channels, height, width), and what height and width in pixels must be multiples of."""
+
+    latent_shape: tuple[int, int, int]
+    multiple: int
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What sets one pipeline family apart. Configurations are the components' JSON files as dicts.
+
+    form: what its directory holds. lora_targets: the adapted modules by published name.
+    geometry(config, network's configuration, VAE's): sizes; `check_sizes` holds the picture to them.
+    schedule(config, folder): the noise levels the model was made for.
+    encode(pipeline, config, text, device, with_negative): one prompt's conditioning, P = 1.
+    velocity(policy, state_BCHW, sigma_B, conditioning): v = eps - x_0 in the network's own precision.
+    pixels(pipeline, latents_BCHW): pictures in [-1, 1], (B, 3, height, width).
+    fp32_components: those that keep single precision in a bf16 rollout.
+    """
+
+    form: PipelineForm
+    lora_targets: tuple[str, ...]
+    geometry: Callable[[Any, dict[str, Any], dict[str, Any]], Geometry]
+    schedule: Callable[[Any, Path], NoiseSchedule]
+    encode: Callable[[Any, Any, str, torch.device, bool], Conditioning]
+    velocity: Callable[[ImagePolicy, torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+    pixels: Callable[[Any, torch.Tensor], torch.Tensor]
+    fp32_components: tuple[str, ...] = ()
+
+
+class ImagePolicy:
+    """A DenoisingPolicy over diffusers modules. In a learner, text encoders and VAE are absent.
+
+    diffusers' modules and their configurations are typed as Any: their stubs know neither `config.x` nor calls.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: Any,
+        network: Any,
+        pipeline: Any | None,
+        geometry: Geometry,
+        schedule: NoiseSchedule,
+        weights: TunedWeights,
+    ) -> None:
+        self.config = config
+        self.network = network
+        self.schedule = schedule
+        self.latent_shape = geometry.latent_shape
+        self.device = next(network.parameters()).device
+        self._architecture = architecture
+        self._pipeline = pipeline
+        self._weights = weights
+
+    def encode(self, text: str, with_negative: bool) -> Conditioning:
+        """See DenoisingPolicy. Raises ModelError in a learner, which has no text encoders."""
+        pipeline = self._need_pipeline("encode a prompt")
+        with torch.no_grad():
+            return self._architecture.encode(pipeline, self.config, text, self.device, with_negative)
+
+    def predict(self, state_BCHW: torch.Tensor, sigma_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """See DenoisingPolicy."""
+        channels, height, width = self.latent_shape
+        check_shape(state_BCHW, "state_BCHW", C=channels, H=height, W=width)
+        return self._architecture.velocity(self, state_BCHW, sigma_B, conditioning).float()
+
+    def decode(self, state_BCHW: torch.Tensor) -> np.ndarray:
+        """See DenoisingPolicy. Raises ModelError in a learner, which has no VAE."""
+        pipeline = self._need_pipeline("decode a picture")
+        with torch.no_grad():
+            slices = state_BCHW.split(self.config.decode_slice)
+            pictures = torch.cat([self._architecture.pixels(pipeline, one).float() for one in slices])
+        scaled = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round()
+        return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+    def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
+        return self._weights.parameters()
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.network.enable_gradient_checkpointing()
+
+    def export_weights(self, version: WeightVersion, tensors: dict[str, torch.Tensor] | None = None) -> WeightSnapshot:
+        return self._weights.export(version, tensors)
+
+    def load_weights(self, snapshot: WeightSnapshot) -> None:
+        self._weights.load(snapshot)
+
+    def _need_pipeline(self, action: str) -> Any:
+        if self._pipeline is None:
+            raise ModelError(f"a learner's policy cannot {action}: it holds the network only; load role='rollout'")
+        return self._pipeline
+
+
+def load_image(
+    architecture: Architecture,
+    config: ImageModelConfig,
+    role: Role,
+    device: str = "cpu",
+    precision: Precision = "fp32",
+    fold: bool = False,
+    seed: int = 0,
+) -> ImagePolicy:
+    """Load a policy from a pipeline directory. Raises ModelError naming the missing or wrong component.
+
+    role "rollout": every component, in `precision`; "learner": the network alone, fp32 master weights.
+    fold: keep no adapter layers and fold published adapters into the weights (rollout with LoRA only).
+    seed: initial values of the adapter's A matrices.
+    """
+    folder, form = resolve(config.path), architecture.form
+    check_image(architecture, config)
+    pipeline = None
+    if role == "rollout":
+        pipeline = load_pipeline(folder, form, precision, architecture.fp32_components).to(device)
+    network: Any = load_network(folder, form).to(device) if pipeline is None else getattr(pipeline, form.network)
+    network.eval()
+    weights = TunedWeights(
+        network, config.tuning, config.lora, architecture.lora_targets, fold=fold and role == "rollout", seed=seed
+    )
+    geometry = _geometry(architecture, config, folder)
+    return ImagePolicy(
+        architecture, config, network, pipeline, geometry, architecture.schedule(config, folder), weights
+    )
+
+
+def check_image(architecture: Architecture, config: ImageModelConfig, texts: Sequence[str] = ()) -> None:
+    """Raise for a directory without a component, or a size it cannot draw, before anything is started.
+
+    Any of `texts` will do: the encoders cut one that is too long.
+    """
+    folder = resolve(config.path)
+    check_pipeline_folder(folder, architecture.form)
+    geometry = _geometry(architecture, config, folder)
+    for name, size in (("height", config.height), ("width", config.width)):
+        if size % geometry.multiple:
+            raise ModelError(f"model.{name} must be a multiple of {geometry.multiple} for this model, got {size}")
+
+
+def _geometry(architecture: Architecture, config: ImageModelConfig, folder: Path) -> Geometry:
+    network = component_config(folder, architecture.form.network)
+    return architecture.geometry(config, network, component_config(folder, "vae"))
