@@ -78,7 +78,7 @@ def test_sentences_and_metadata_are_those_of_geneval(tag: prompts.Tag) -> None:
 def test_what_the_generator_of_the_reward_draws_is_on_the_list() -> None:
     listed = {task.text: task.metadata for tag in prompts.TAGS for task in prompts.tasks_of(tag)}
     drawn = generate_prompts(400, 0, prompts.NAMES, dict.fromkeys(prompts.TAGS, 1.0))
-    assert {prompt.metadata["tag"] for prompt in drawn} == set(prompts.TAGS)
+    assert {str(prompt.metadata["tag"]) for prompt in drawn} == set(prompts.TAGS)
     assert all(listed[prompt.text] == prompt.metadata for prompt in drawn)
 
 
@@ -114,7 +114,7 @@ def test_prompt_files_are_what_a_run_reads(tmp_path: Path) -> None:
     refuse_overlap(train, held_out)
     assert 250 <= len(train) <= 400
     for found in (train, held_out):
-        assert {prompt.metadata["tag"] for prompt in found} == set(prompts.TAGS)
+        assert {str(prompt.metadata["tag"]) for prompt in found} == set(prompts.TAGS)
         for prompt in found:
             assert text_of(parse_task(prompt, prompts.NAMES)) == prompt.text
 
