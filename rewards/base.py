@@ -10,7 +10,7 @@ import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,9 @@ MAX_ASPECT = 64
 
 class RewardConfig(Config):
     """What every reward's configuration has; a subclass adds `type` (a literal with a default) and its own keys."""
+
+    is_light: ClassVar[bool] = False
+    """Whether it takes milliseconds and no model, so that as a held-out metric it needs no process of its own."""
 
     name: str = Field(default="", pattern=r"^[A-Za-z0-9_-]{1,64}$")
     """The reward's name in scores, metrics and the service; its type when not given. Unique in a run."""

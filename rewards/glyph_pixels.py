@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from raylign.errors import PromptError
 from raylign.types import JsonValue, Prompt, RewardSample, RewardScore
@@ -24,6 +24,7 @@ RULE_VERSION = "1"
 class GlyphPixelsConfig(RewardConfig):
     """Edit similarity of the text that the pixels show to the quoted one; pictures of the glyphs task only."""
 
+    is_light: ClassVar[bool] = True
     type: Literal["glyph_pixels"] = "glyph_pixels"
 
 

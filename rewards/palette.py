@@ -6,7 +6,7 @@ A statistic to watch beside the geometric checker, which looks at shapes and not
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,7 @@ RULE_VERSION = "1"
 class PaletteConfig(RewardConfig):
     """The share of pixels in the background's colour or one of the palette."""
 
+    is_light: ClassVar[bool] = True
     type: Literal["palette"] = "palette"
     tolerance: float = Field(default=32.0, gt=0)
     """Greatest distance in RGB space, of 441, at which a pixel still has a colour."""

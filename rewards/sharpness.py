@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from raylign.types import JsonValue, Prompt, RewardSample, RewardScore
 from rewards.base import Modality, RewardConfig
@@ -22,6 +22,7 @@ RULE_VERSION = "1"
 class SharpnessConfig(RewardConfig):
     """Mean gradient magnitude of the luminance."""
 
+    is_light: ClassVar[bool] = True
     type: Literal["sharpness"] = "sharpness"
 
 

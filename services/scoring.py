@@ -1,11 +1,14 @@
-"""From drawn groups to scored groups, and the Scorer that goes over HTTP."""
+"""From drawn groups to scored groups; the Scorer that goes over HTTP, and the one that adds held-out metrics."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from raylign.types import RewardBreakdown, RewardFailure, RewardSample, RolloutGroup, RolloutStatus
+from rewards import RewardMix
 from rewards.grouping import in_groups
 from rewards.remote import RewardClient
 from services.roles import Scorer
@@ -37,6 +40,27 @@ class HttpScorer:
     async def close(self) -> None:
         """Close its connections."""
         await self._client.aclose()
+
+
+class WithLightMetrics:
+    """A Scorer with held-out metrics beside it that are measured in this process."""
+
+    def __init__(self, scorer: Scorer, metrics: RewardMix) -> None:
+        """`metrics`: `only_eval` rewards that the scorer does not have."""
+        self._scorer = scorer
+        self._metrics = metrics
+
+    async def score(self, samples: Sequence[RewardSample], evaluation: bool = False) -> list[RewardBreakdown]:
+        """The scorer's breakdowns; in an evaluation the metrics' scores follow in each, and count nothing."""
+        if not evaluation:
+            return await self._scorer.score(samples)
+        scored, measured = await asyncio.gather(
+            self._scorer.score(samples, evaluation), self._metrics.score(samples, evaluation)
+        )
+        return [
+            replace(one, scores=one.scores + more.scores, weights=one.weights + more.weights)
+            for one, more in zip(scored, measured, strict=True)
+        ]
 
 
 async def score_groups(scorer: Scorer, groups: Sequence[RolloutGroup], evaluation: bool = False) -> list[RolloutGroup]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from learner.parallel import RankGroup
 from raylign.errors import ClusterError
-from rewards import make_mix
+from rewards import AnyRewardConfig, make_mix
 from rewards.remote import RewardClient
 from services.assembly import build_engine, build_learner
 from services.config import RunConfig
@@ -20,7 +20,7 @@ from services.in_process import LocalFleet, LocalLearner
 from services.ray_errors import answer
 from services.reward_config import HTTP_CPUS
 from services.roles import Fleet, LearnerRole, Scorer
-from services.scoring import HttpScorer
+from services.scoring import HttpScorer, WithLightMetrics
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -71,7 +71,7 @@ async def build(config: RunConfig, phase: Phase, own_cluster: bool = True) -> To
 def required_resources(config: RunConfig) -> dict[str, float]:
     """CPUs and GPUs that the run's actors and reward replicas reserve on a Ray cluster."""
     service = config.reward_service
-    servings = [service.serving(reward.name) for reward in config.rewards]
+    servings = [service.serving(reward.name) for reward in _served(config)]
     cpus = sum(serving.min_replicas * serving.num_cpus_per_replica for serving in servings)
     cpus += HTTP_CPUS * service.http_replicas if _serves_http(config) else 0
     reward_gpus = sum(serving.min_replicas * serving.num_gpus_per_replica for serving in servings)
@@ -123,7 +123,7 @@ async def _build_on_ray(config: RunConfig, phase: Phase, own_cluster: bool) -> T
         with phase("reward service"):
             # Runs that share a cluster must not share, replace or delete each other's rewards.
             name = f"raylign-{uuid.uuid4().hex[:8]}"
-            service = RewardService.start(config.rewards, config.reward_service, _serves_http(config), name)
+            service = RewardService.start(_served(config), config.reward_service, _serves_http(config), name)
             if not own_cluster:
                 stop.append(service.shutdown)
         async with _start_timeout(config.start_timeout_s):
@@ -137,8 +137,16 @@ async def _build_on_ray(config: RunConfig, phase: Phase, own_cluster: bool) -> T
         raise
     fleet, learner = RayFleet(rollout_workers), RayLearner(rank_workers)
     over_http = config.reward_service.transport == "http"
-    scorer = _http_scorer(config, service) if over_http else service
-    return Topology(fleet, scorer, learner, workers, tuple(names.values()), (scorer.close,), tuple(stop))
+    reached = _http_scorer(config, service) if over_http else service
+    light = [reward for reward in config.rewards if reward not in _served(config)]
+    scorer = WithLightMetrics(reached, make_mix(light)) if light else reached
+    return Topology(fleet, scorer, learner, workers, tuple(names.values()), (reached.close,), tuple(stop))
+
+
+def _served(config: RunConfig) -> list[AnyRewardConfig]:
+    """The rewards that get replicas: all but light held-out metrics, unless `per_reward` says how to serve them."""
+    told = config.reward_service.per_reward
+    return [one for one in config.rewards if not (one.only_eval and one.is_light) or one.name in told]
 
 
 def _serves_http(config: RunConfig) -> bool:
@@ -148,10 +156,10 @@ def _serves_http(config: RunConfig) -> bool:
 def _http_scorer(config: RunConfig, service: RewardService) -> HttpScorer:
     """A client of the run's own service, more patient than the service is with its rewards."""
     settings = config.reward_service
-    slowest_s = max(settings.serving(reward.name).timeout_s for reward in config.rewards)
+    slowest_s = max(settings.serving(reward.name).timeout_s for reward in _served(config))
     assert service.address is not None  # it was started with its HTTP face
     client = RewardClient(service.address, settings.read_token(), timeout_s=2 * slowest_s + 30)
-    trained = [reward.name for reward in config.rewards if not reward.only_eval]
+    trained = [reward.name for reward in _served(config) if not reward.only_eval]
     return HttpScorer(client, service.compares, trained)
 
 
