@@ -71,6 +71,13 @@ class Run:
         return self
 
 
+def test_held_out_metrics_are_asked_in_evaluations_alone() -> None:
+    scorer = FakeScorer()
+    Run(scorer).go()
+    # One call per group: 4 steps of 3 groups are trained on, one held-out prompt is evaluated before and after.
+    assert (scorer.evaluations.count(False), scorer.evaluations.count(True)) == (12, 2)
+
+
 def test_a_synchronous_run_trains_every_prompt_in_order_with_the_newest_weights() -> None:
     run = Run().go()
     sequences = [[group.sequence for group in step] for step in run.learner.trained]
