@@ -12,36 +12,7 @@ import torch
 
 KlSpace = Literal["mean_over_std2_no_dt", "exact_gaussian", "velocity_mse"]
 """How the distance to the reference is measured; a weight is not transferable from one space to another."""
-WEIGHT_FLOOR = 1e-5
-"""Smallest self-normaliser of the NFT loss, from its code."""
 _LATENT = (1, 2, 3)
-
-
-def nft_loss(
-    velocity_NCHW: torch.Tensor,
-    old_velocity_NCHW: torch.Tensor,
-    state_NCHW: torch.Tensor,
-    final_NCHW: torch.Tensor,
-    sigma_N: torch.Tensor,
-    r_N: torch.Tensor,
-    beta: float,
-) -> torch.Tensor:
-    """DiffusionNFT's policy loss (2509.16117, in its self-normalised x0 form): (N,), float64.
-
-        v+ = (1 - beta) v_old + beta v        v- = (1 + beta) v_old - beta v        x0± = x_t - t v±
-        L  = [ r mean(x0+ - x0)² / w+  +  (1 - r) mean(x0- - x0)² / w- ] / beta
-        w± = stop-gradient of mean |x0± - x0|, in float64, at least 1e-5
-
-    `velocity` and `old_velocity` are the two policies' answers to the same `state` (same noise, same time); `old`
-    carries no gradient. r in [0, 1] comes from `r_from_advantage`. The code's factor adv_clip is the caller's.
-    """
-    old = old_velocity_NCHW.detach()
-    positive = (1 - beta) * old + beta * velocity_NCHW
-    negative = (1 + beta) * old - beta * velocity_NCHW
-    toward = _normalised_error(state_NCHW - _wide(sigma_N) * positive, final_NCHW)
-    away = _normalised_error(state_NCHW - _wide(sigma_N) * negative, final_NCHW)
-    r = r_N.double()
-    return (r * toward + (1 - r) * away) / beta
 
 
 def velocity_mse(velocity_NCHW: torch.Tensor, ref_velocity_NCHW: torch.Tensor) -> torch.Tensor:
@@ -94,14 +65,3 @@ def norm_ratio(velocity_NCHW: torch.Tensor, ref_velocity_NCHW: torch.Tensor) -> 
     """|v| / |v_ref| per item, (N,): forward-process losses are known to inflate it. No gradient."""
     norm = velocity_NCHW.detach().flatten(1).norm(dim=1)
     return norm / ref_velocity_NCHW.detach().flatten(1).norm(dim=1).clamp_min(1e-12)
-
-
-def _normalised_error(predicted_NCHW: torch.Tensor, final_NCHW: torch.Tensor) -> torch.Tensor:
-    """Self-normalised error mean (x̂0 - x0)² / w, w = sg mean |x̂0 - x0| in float64, (N,)."""
-    gap = (predicted_NCHW - final_NCHW).double()
-    weight = gap.detach().abs().mean(dim=_LATENT).clamp_min(WEIGHT_FLOOR)
-    return (gap**2).mean(dim=_LATENT) / weight
-
-
-def _wide(values_N: torch.Tensor) -> torch.Tensor:
-    return values_N.view(-1, 1, 1, 1)

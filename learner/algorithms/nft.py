@@ -1,7 +1,7 @@
 """DiffusionNFT (2509.16117): contrast the policy with its old self on the forward process; no likelihoods.
 
 Each final sample x0 is noised again, x_t = (1 - t) x0 + t eps, at times of the sampler's own grid. Good samples pull
-v towards x0, bad ones push its reflection about v_old there; see `learner.losses.nft_loss`. Trained without
+v towards x0, bad ones push its reflection about v_old there; see `learner.forward_losses.nft_loss`. Trained without
 guidance whatever the rollouts used, as in the paper.
 """
 
@@ -23,7 +23,8 @@ from learner.algorithms.base import (
     usable_steps,
 )
 from learner.batching import MicroBatch
-from learner.losses import nft_loss, norm_ratio, velocity_mse
+from learner.forward_losses import nft_loss
+from learner.losses import norm_ratio, velocity_mse
 from learner.policies import PolicySet, Relative
 from raylign.config import Config
 from raylign.keys import generator, normal
