@@ -41,6 +41,8 @@ class TinySD3Config(BaseModel):
     width: int = 80
     latent_channels: int = 8
     vae_channels: int = 24
+    fine_decoder_blocks: int = 0
+    """Residual blocks of the VAE's decoder at full size; with none, the last two convolutions are linear."""
     patch_size: int = 2
     num_layers: int = 5
     num_heads: int = 4
@@ -127,7 +129,7 @@ def build_vae(config: TinySD3Config) -> AutoencoderTiny:
         encoder_block_out_channels=channels,
         decoder_block_out_channels=channels,
         num_encoder_blocks=(0, 1, 1),  # nothing but one convolution at full size: that is where the time goes
-        num_decoder_blocks=(1, 1, 0),
+        num_decoder_blocks=(1, 1, config.fine_decoder_blocks),
         latent_channels=config.latent_channels,
     )
 
