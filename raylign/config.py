@@ -42,27 +42,21 @@ class Config(BaseModel):
 
 def load_config(
     cls: type[ConfigT],
-    path: Path | None,
+    path: Path | Sequence[Path] | None,
     overrides: Mapping[str, str] | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> ConfigT:
-    """Read a TOML file (or none: all defaults), apply dotted overrides, and validate.
+    """Read TOML files (or none: all defaults), apply dotted overrides, and validate.
 
-    `overrides` maps dotted keys to TOML values as typed ("learner.lr" → "1e-4", "rewards.0.weight" → "2").
+    Of several files a later one is laid over the earlier: key by key, but a table of another `type` replaces the
+    whole table. `overrides` maps dotted keys to TOML values as typed ("learner.lr" → "1e-4", "rewards.0.weight" → "2").
     `base` holds values below the file's. Raises ConfigError naming file, key, value got and what to do.
     """
+    paths = [path] if isinstance(path, Path) else list(path or ())
     data: dict[str, Any] = {}
-    source = "the defaults"
-    if path is not None:
-        source = str(path)
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"no configuration file at {path}; see `configs/` for examples") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read {path}: {error}") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    for one in paths:
+        data = lay_over(data, _read_toml(one))
+    source = " + ".join(map(str, paths)) or "the defaults"
     for dotted, text in (overrides or {}).items():
         _assign(data, dotted, _parse_value(text))
     return parse_config(cls, {**(base or {}), **data}, source)
@@ -75,6 +69,33 @@ def parse_config(cls: type[ConfigT], data: Mapping[str, Any], source: str) -> Co
     except ValidationError as error:
         problems = "\n".join(f"  {_describe(cls, problem)}" for problem in error.errors(include_url=False))
         raise ConfigError(f"{source} has {error.error_count()} problem(s):\n{problems}") from None
+
+
+def lay_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`: tables key by key, unless they are of different `type`; all else replaces."""
+    laid = dict(below)
+    for key, value in above.items():
+        mine: Any = laid.get(key)
+        if (
+            isinstance(value, dict)
+            and isinstance(mine, dict)
+            and value.get("type", mine.get("type")) == mine.get("type")
+        ):
+            laid[key] = lay_over(mine, value)
+        else:
+            laid[key] = value
+    return laid
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file at {path}; see `configs/` for examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
 def _parse_value(text: str) -> Any:

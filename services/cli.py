@@ -30,21 +30,26 @@ AddressOption = Annotated[
 @app.command(context_settings=_OVERRIDES)
 def train(
     context: typer.Context,
-    config: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped one.")] = "quickstart_image",
+    config: Annotated[
+        str, typer.Argument(help="A TOML file, or the name of a shipped one; more of them are laid over it.")
+    ] = "quickstart_image",
     run_dir: RunDirOption = None,
     address: AddressOption = None,
 ) -> None:
-    """Train a model. Any configuration key can be set after the file, by its dotted name.
+    """Train a model. Any configuration key can be set after the files, by its dotted name.
 
     Example: `raylign train configs/quickstart_image.toml --learner.lr 1e-4 --rollout.num_actors 1`
 
+    `raylign train quickstart_image crd` lays a preset over it: the quickstart's task, trained by CRD.
+
     Ctrl-C stops after the step in progress, with a checkpoint; again, at once.
     """
-    config, overrides = split_config(config, "quickstart_image", context.args)
+    names, overrides = split_configs(config, "quickstart_image", context.args)
     from services.config import load_run_config
     from services.run import train_run
 
-    raise typer.Exit(train_run(load_run_config(config, overrides), Path(config).stem, run_dir, address))
+    title = "-".join(Path(name).stem for name in names)
+    raise typer.Exit(train_run(load_run_config(names, overrides), title, run_dir, address))
 
 
 @app.command()
@@ -171,6 +176,16 @@ def split_config(config: str, default: str, arguments: Sequence[str]) -> tuple[s
     if config.startswith("--"):
         return default, parse_overrides([config, *arguments])
     return config, parse_overrides(arguments)
+
+
+def split_configs(config: str, default: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The same, for a command that takes several configurations."""
+    rest = list(arguments)
+    more: list[str] = []
+    while not config.startswith("--") and rest and not rest[0].startswith("--"):
+        more.append(rest.pop(0))
+    name, overrides = split_config(config, default, rest)
+    return [name, *more], overrides
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:

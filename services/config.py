@@ -6,7 +6,7 @@ Reading it loads torch (algorithms sit beside their configurations) but neither 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -273,9 +273,13 @@ def _types(table: Mapping[Any, object]) -> list[str]:
     return [config.model_fields["type"].default for config in table]
 
 
-def load_run_config(name: str, overrides: Mapping[str, str] | None = None) -> RunConfig:
-    """A run's configuration by path or shipped name, with dotted overrides. Raises ConfigError."""
-    return load_config(RunConfig, find_config(name), overrides)
+def load_run_config(name: str | Sequence[str], overrides: Mapping[str, str] | None = None) -> RunConfig:
+    """A run's configuration by path or shipped name, with dotted overrides. Raises ConfigError.
+
+    Of several names a later one is laid over the earlier: `["quickstart_image", "crd"]`.
+    """
+    names = [name] if isinstance(name, str) else name
+    return load_config(RunConfig, [find_config(one) for one in names], overrides)
 
 
 def read_resolved_config(path: Path) -> RunConfig:

@@ -28,14 +28,18 @@ def resolve(path: str) -> Path:
 
 
 def find_config(name: str) -> Path:
-    """A configuration by path, or by the name of a shipped one (`quickstart_image`, with or without .toml)."""
+    """A configuration by path, or by the name of a shipped one (`quickstart_image`, with or without .toml).
+
+    Presets, which are laid over another configuration, lie in `configs/presets`.
+    """
     given = Path(name).expanduser()
-    if given.exists():
+    if given.is_file():
         return given
-    for folder in _CONFIG_FOLDERS:
+    folders = [folder / inner for folder in _CONFIG_FOLDERS for inner in ("", "presets")]
+    for folder in folders:
         shipped = folder / Path(name).name
         for candidate in (shipped, shipped.with_suffix(".toml")):
             if candidate.is_file():
                 return candidate
-    known = sorted({p.stem for folder in _CONFIG_FOLDERS if folder.is_dir() for p in folder.glob("*.toml")})
+    known = sorted({p.stem for folder in folders if folder.is_dir() for p in folder.glob("*.toml")})
     raise ConfigError(f"no configuration at {name!r}, and none of that name is shipped (shipped: {', '.join(known)})")

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from learner.algorithms.flow_grpo import FlowGrpoConfig
+from learner.algorithms.nft import NftConfig
 from raylign.assets import find_config, resolve
 from raylign.config import load_config
 from raylign.errors import ConfigError
-from services.cli import parse_overrides, split_config
+from services.cli import parse_overrides, split_config, split_configs
 from services.config import RunConfig, load_run_config
 
 
@@ -105,6 +107,32 @@ def test_overrides_without_key_or_value_are_errors(arguments: list[str], message
 def test_overrides_may_follow_a_command_without_a_configuration() -> None:
     assert split_config("--num_steps", "quickstart_image", ["3"]) == ("quickstart_image", {"num_steps": "3"})
     assert split_config("mine.toml", "quickstart_image", ["--seed=1"]) == ("mine.toml", {"seed": "1"})
+
+
+def test_a_command_may_take_several_configurations() -> None:
+    assert split_configs("a", "d", ["b", "c.toml", "--seed", "1"]) == (["a", "b", "c.toml"], {"seed": "1"})
+    assert split_configs("a", "d", []) == (["a"], {})
+    assert split_configs("--seed", "d", ["1"]) == (["d"], {"seed": "1"})
+    with pytest.raises(ConfigError, match="unexpected argument 'b'"):
+        split_configs("a", "d", ["--seed", "1", "b"])
+
+
+def test_a_later_file_is_laid_over_the_earlier(tmp_path: Path) -> None:
+    task, preset = tmp_path / "task.toml", tmp_path / "preset.toml"
+    task.write_text(
+        "seed = 3\n[algorithm]\ntype = 'nft'\nbeta = 0.5\n[learner]\nlr = 1e-3\nwarmup_steps = 4\n"
+        "[[rewards]]\ntype = 'ocr'\nweight = 2.0\n"
+    )
+    preset.write_text("[algorithm]\ntype = 'nft'\nadv_clip = 1.0\n[learner]\nlr = 1e-5\n")
+    config = load_run_config([str(task), str(preset)], {"learner.warmup_steps": "5"})
+    assert (config.seed, config.learner.lr, config.learner.warmup_steps, config.rewards[0].weight) == (3, 1e-5, 5, 2.0)
+    assert isinstance(config.algorithm, NftConfig)
+    assert (config.algorithm.beta, config.algorithm.adv_clip) == (0.5, 1.0)
+    preset.write_text("[algorithm]\ntype = 'flow_grpo'\nclip_range = 1e-3\n[sampler]\ntype = 'flow_sde'\n")
+    other = load_run_config([str(task), str(preset)]).algorithm
+    assert isinstance(other, FlowGrpoConfig)
+    with pytest.raises(ConfigError, match=r"task\.toml \+ .*preset\.toml has 1 problem"):
+        load_run_config([str(task), str(preset)], {"learner.lr": "0"})
 
 
 def test_overrides_that_lead_through_a_value_or_a_missing_item_are_errors(tmp_path: Path) -> None:
