@@ -8,7 +8,15 @@ from typing import Annotated
 from pydantic import Field
 
 from raylign.models.schedule import FlowSchedule, NoiseSchedule, flow_sigmas
-from raylign.samplers.base import ImageSamplerConfig, Past, Sampler, Transition, num_steps, ode_transition
+from raylign.samplers.base import (
+    ImageSamplerConfig,
+    Past,
+    Sampler,
+    Transition,
+    halve_last_level,
+    num_steps,
+    ode_transition,
+)
 from raylign.samplers.cps import Cps, CpsConfig
 from raylign.samplers.dance_sde import DanceSde, DanceSdeConfig
 from raylign.samplers.dpm_solver import DpmSolver, DpmSolverConfig
@@ -62,7 +70,8 @@ SAMPLERS = {**IMAGE_SAMPLERS, **TOKEN_SAMPLERS}
 
 def make_sampler(config: ImageSamplerConfig, schedule: NoiseSchedule) -> Sampler:
     """The image sampler a configuration names, on the model's noise levels."""
-    return IMAGE_SAMPLERS[type(config)](config, schedule.levels(config.num_steps, config.shift))
+    sigmas_S1 = schedule.levels(config.num_steps, config.shift)
+    return IMAGE_SAMPLERS[type(config)](config, halve_last_level(sigmas_S1) if config.halve_last_level else sigmas_S1)
 
 
 def make_token_sampler(config: TokenSamplerConfig, canvas_length: int) -> TokenSampler:

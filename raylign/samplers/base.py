@@ -77,6 +77,8 @@ class ImageSamplerConfig(Config):
     """Classifier-free guidance; 1 is off."""
     shift: float | None = Field(default=None, gt=0)
     """Time shift of the schedule; the model's own when not given."""
+    halve_last_level: bool = False
+    """Raise the last level above 0 to half of the one before it, where the schedule's is lower."""
 
     @property
     def has_density(self) -> bool:
@@ -158,3 +160,15 @@ def predictions(
     """What a velocity says the state is made of, x = (1 - sigma) x0 + sigma eps: (x0, eps), fp32."""
     velocity, state = velocity_BCHW.float(), state_BCHW.float()
     return state - sigma * velocity, state + (1 - sigma) * velocity
+
+
+def halve_last_level(sigmas_S1: torch.Tensor) -> torch.Tensor:
+    """The levels with the last one above 0 raised to half of the one before it, if it was lower; a copy.
+
+    Schedules made as diffusers makes them end .278, .0089, 0 at 10 steps. That one step is as long as several in
+    log-SNR: first-order steps err most in it, and multistep solvers carry a line on too far.
+    """
+    levels_S1 = sigmas_S1.clone()
+    if len(levels_S1) > 3 and float(levels_S1[-1]) == 0:
+        levels_S1[-2] = torch.maximum(levels_S1[-2], levels_S1[-3] / 2)
+    return levels_S1

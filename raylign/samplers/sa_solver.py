@@ -16,9 +16,8 @@ to level 0, gives m_k.
 
 Steps depend on what came before them, so none has a density of its own: for forward-process algorithms.
 
-Deviations from AWM's code: it moves the first level to .999 to avoid lambda(1); here the limits are used. It halves
-the third-last level into the second-last in the model's own schedule; here only where the schedule's is lower, and in
-a copy: a line carried on as far as to level .009 is too far.
+Deviations from AWM's code: it moves the first level to .999 to avoid lambda(1), here the limit is taken. It halves the
+third-last level into the second-last, in the model's own schedule; `halve_last_level` does so in a copy.
 """
 
 from __future__ import annotations
@@ -40,6 +39,8 @@ class SaSolverConfig(ImageSamplerConfig):
     type: Literal["sa_solver"] = "sa_solver"
     num_steps: int = Field(default=14, ge=1)
     """Denoising steps."""
+    halve_last_level: bool = True
+    """Raise the last level above 0 to half of the one before it, where the schedule's is lower."""
     tau: float = Field(default=0.4, ge=0)
     """Stochasticity; 0 is the ODE, 1 as noisy as DDIM's ancestral sampling."""
     tau_low: float = Field(default=0.3, ge=0, le=1)
@@ -57,9 +58,7 @@ class SaSolver:
 
     def __init__(self, config: SaSolverConfig, sigmas_S1: torch.Tensor) -> None:
         self.config = config
-        self.sigmas_S1 = sigmas_S1.clone()
-        if config.num_steps > 2 and float(sigmas_S1[-1]) == 0:
-            self.sigmas_S1[-2] = max(float(sigmas_S1[-2]), float(sigmas_S1[-3]) / 2)
+        self.sigmas_S1 = sigmas_S1
         self._levels: list[float] = self.sigmas_S1.tolist()
         self._taus = [config.tau if config.tau_low <= level <= config.tau_high else 0.0 for level in self._levels[1:]]
         self.stochastic_S = tuple(
