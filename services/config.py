@@ -146,6 +146,11 @@ class RunConfig(Config):
         return MODEL_FAMILIES[type(self.model)].modality
 
     @property
+    def held_out_metrics(self) -> tuple[str, ...]:
+        """Names of the rewards that are scored in evaluations only."""
+        return tuple(reward.name for reward in self.rewards if reward.only_eval)
+
+    @property
     def chunk_size(self) -> int:
         """Samples per generated batch."""
         return self.rollout.chunk_size or self.group_size

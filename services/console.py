@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from services.headlines import direction, headline_means
+from services.headlines import direction, headline_label, headline_means, is_metric
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +49,7 @@ class _State:
 
     num_steps: int = 0
     start_step: int = 0
+    held_out: Collection[str] = ()
     step: int = 0
     began: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -123,9 +124,13 @@ class RunConsole:
         finally:
             self._phases.pop(name, None)
 
-    def begin(self, num_steps: int, start_step: int = 0) -> None:
-        """Training starts; `start_step` steps are done already (a resumed run)."""
+    def begin(self, num_steps: int, start_step: int = 0, held_out: Collection[str] = ()) -> None:
+        """Training starts; `start_step` steps are done already (a resumed run).
+
+        `held_out` are the names of the rewards that are held-out metrics.
+        """
         self._state.num_steps, self._state.start_step = num_steps, start_step
+        self._state.held_out = held_out
         self._state.step, self._state.began = start_step, self._clock()
         self._training = True
         if start_step:
@@ -180,7 +185,11 @@ class RunConsole:
         """The run ended on its own or was interrupted: what changed and where to look. `summary` as summary.json."""
         self.close()
         done = summary.get("status", "finished") == "finished"
-        lines = [*_outcome_lines(summary, self._state.rewards), Text(), *_where_lines(run_dir, done)]
+        lines = [
+            *_outcome_lines(summary, self._state.rewards, self._state.held_out),
+            Text(),
+            *_where_lines(run_dir, done),
+        ]
         title = f"{'finished' if done else summary['status']}: {run_dir}"
         if self.live:
             style = "green" if done else "yellow"
@@ -271,12 +280,15 @@ class RunConsole:
         return text
 
     def _eval_text(self) -> Text:
-        """Each held-out mean against the first one seen."""
-        pieces = []
-        for name, value in headline_means(self._state.eval_last).items():
+        """Each held-out mean against the first one seen; held-out metrics last, and called so."""
+        pieces: list[Text] = []
+        held_out, announced = self._state.held_out, False
+        for name, value in headline_means(self._state.eval_last, held_out).items():
             first = self._state.eval_first.get(name, value)
             change = Text(f"{value:.3f}") if first == value else _change(first, value, name)
-            pieces.append(Text.assemble((f"{name} ", "dim"), change))
+            kind = "held-out metrics: " if is_metric(name, held_out) and not announced else ""
+            announced = announced or bool(kind)
+            pieces.append(Text.assemble((kind, "bold"), (f"{name} ", "dim"), change))
         return Text.assemble(("  ·  ", "dim")).join(pieces)
 
     def _phase_text(self) -> Text:
@@ -361,15 +373,15 @@ def _change(first: float | None, last: float | None, name: str = "") -> Text:
     return Text.assemble(f"{before} → ", (after, f"bold {style}" if style else ""))
 
 
-def _outcome_lines(summary: Mapping[str, Any], rewards: Sequence[float]) -> list[Text]:
+def _outcome_lines(summary: Mapping[str, Any], rewards: Sequence[float], held_out: Collection[str]) -> list[Text]:
     """What changed: held-out means, then steps, time and the weights' identity."""
     lines: list[Text] = []
     initial, final = summary.get("eval_initial") or {}, summary.get("eval_final") or {}
-    for name in headline_means({**initial, **final}):
-        label = f"held-out {name.removeprefix('eval/')}".ljust(_NAME_WIDTH - 10)
+    for name in headline_means({**initial, **final}, held_out):
+        label = headline_label(name, held_out).ljust(_NAME_WIDTH - 4)
         lines.append(Text.assemble(label, " ", _change(initial.get(name), final.get(name), name)))
     if len(rewards) > 1:
-        label = "training reward".ljust(_NAME_WIDTH - 10)
+        label = "training reward".ljust(_NAME_WIDTH - 4)
         lines.append(Text.assemble(label, " ", _change(rewards[0], rewards[-1]), (f"  {sparkline(rewards)}", "cyan")))
     facts = [f"{summary['num_steps']} steps"] if "num_steps" in summary else []
     facts += [

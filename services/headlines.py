@@ -1,28 +1,44 @@
-"""Which held-out means are worth a line on the screen and a card in the report, and which way they should go."""
+"""Which held-out means are worth a line on the screen and a card in the report, and which way they should go.
+
+Means over held-out prompts are of three kinds: rewards that were trained on, held-out metrics that were not (rewards
+with `only_eval`, and diversity), and measures of texts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
-_MEASURES = ("mean", "diversity", "nfe", "cached_calls", "gamma", "characters")
+DIVERSITY = "diversity"
+"""A held-out metric of every evaluation with two samples or more per prompt."""
+_MEASURES = ("mean", DIVERSITY, "nfe", "cached_calls", "gamma", "characters")
 """Held-out means that are no reward: calls of the network (NFE), entropy budget and length of texts among them."""
 _FEWER_IS_BETTER = ("nfe", "failed")
-_NEITHER_IS_BETTER = ("cached_calls", "gamma", "characters")
+_NEITHER_IS_BETTER = ("cached_calls", "gamma", "characters", "sharpness")
 
 
-def headline_means(means: Mapping[str, float]) -> dict[str, float]:
-    """The held-out means worth a line: each reward and its details, diversity, and the mix if rewards are mixed.
+def is_metric(name: str, metrics: Collection[str]) -> bool:
+    """Whether a mean is a held-out metric or one of its details; `metrics` are the names of `only_eval` rewards."""
+    return name == DIVERSITY or name.partition("/")[0] in metrics
 
-    Of texts also the calls of the network and the entropy budget.
+
+def headline_means(means: Mapping[str, float], metrics: Collection[str] = ()) -> dict[str, float]:
+    """The held-out means worth a line: each reward and its details, and the mix if rewards are mixed; of texts also
+    the calls of the network and the entropy budget; at last the held-out metrics, without details.
     """
     hidden = ("std_within_group", "characters")
     unless_some = ("failed", "cached_calls")
     shown = {name: value for name, value in means.items() if name not in hidden and (name not in unless_some or value)}
-    rewards = [name for name in shown if "/" not in name and name not in (*_MEASURES, "failed")]
+    trained = {name: value for name, value in shown.items() if not is_metric(name, metrics)}
+    rewards = [name for name in trained if "/" not in name and name not in (*_MEASURES, "failed")]
     if len(rewards) == 1:
-        shown.pop("mean", None)
-    return shown
+        trained.pop("mean", None)
+    return trained | {name: value for name, value in shown.items() if name in (*metrics, DIVERSITY)}
+
+
+def headline_label(name: str, metrics: Collection[str]) -> str:
+    """What a mean is called where nothing else says what it is."""
+    return f"held-out metric {name}" if is_metric(name, metrics) else f"held-out {name}"
 
 
 def direction(name: str, first: float | None, last: float | None) -> Literal["better", "worse", ""]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from raylign.types import Rollout, RolloutGroup
 from services.console import RunConsole
 from services.frontier import FrontierPoint, FrontierSeries, frontier_json, measure, quality_of, read_frontier
 from services.frontier_picture import Curve, draw_frontier
-from services.headlines import headline_means
+from services.headlines import headline_means, is_metric
 from services.pictures import BeforeAfterRow, Caption, before_after, grid, save_png
 from services.run_dir import RunDir, write_atomic
 from services.step_metrics import eval_metrics
@@ -27,7 +27,16 @@ _SHOWN_SAMPLES = 4
 class RunObserver:
     """An Observer of the controller; see the module. Survives resumption: the first evaluation lies on disk."""
 
-    def __init__(self, run: RunDir, sinks: MetricsSink, console: RunConsole, seconds_before: float = 0.0) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        sinks: MetricsSink,
+        console: RunConsole,
+        seconds_before: float = 0.0,
+        held_out: Collection[str] = (),
+    ) -> None:
+        """`held_out` are the names of the rewards that are held-out metrics."""
+        self._held_out = held_out
         self._run = run
         self._sinks = sinks
         self._console = console
@@ -79,7 +88,7 @@ class RunObserver:
         """The step's answers as a file to read, and the first evaluation's beside them."""
         prompts = shown_prompts(groups, _SHOWN_SAMPLES)
         path = self._run.samples / f"step_{step:05d}.txt"
-        write_atomic(path, as_text(step, prompts, headline_means(self.last_eval)).encode())
+        write_atomic(path, as_text(step, prompts, headline_means(self.last_eval, self._held_out)).encode())
         self._console.texts(path, example(prompts))
         first = self._run.samples / "first.json"
         if not first.exists():
@@ -112,10 +121,12 @@ class RunObserver:
         ]
         if step and rows:
             means = [
-                (f"held-out {name}", first, self.last_eval.get(name))
-                for name, first in headline_means(self.first_eval).items()
+                (name, first, self.last_eval.get(name))
+                for name, first in headline_means(self.first_eval, self._held_out).items()
             ]
-            save_png(self._run.before_after, before_after(rows, means=means))
+            metrics = [mean for mean in means if is_metric(mean[0], self._held_out)]
+            rewards = [mean for mean in means if mean not in metrics]
+            save_png(self._run.before_after, before_after(rows, means=rewards, metrics=metrics))
 
     def _first_pictures(self, groups: Sequence[RolloutGroup]) -> dict[str, tuple[list[np.ndarray], list[Caption]]]:
         """Pictures and captions of the first evaluation by prompt id; written the first time, read afterwards."""

@@ -15,7 +15,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from services.headlines import direction
+
 Colour = tuple[int, int, int]
+Mean = tuple[str, float | None, float | None]
+"""The name of a held-out mean, and its values before and after training."""
 
 INK: Colour = (28, 32, 40)
 FAINT: Colour = (118, 126, 140)
@@ -28,6 +32,9 @@ TILE_HEIGHT = 128
 """About how tall a tile is drawn, before whole-factor rounding."""
 SHEET_WIDTH = 1600
 """A before/after sheet is drawn smaller rather than wider than this, so that it reads well in a page."""
+_HEADLINE, _SMALLEST_HEADLINE = 22, 14
+"""Pixels of height."""
+_COLOURS = {"better": GOOD, "worse": BAD, "": INK}
 _ARROW = "→"
 _ARROW_WIDTH = 22
 _GAP = 12
@@ -93,12 +100,13 @@ def grid(
 def before_after(
     rows: Sequence[BeforeAfterRow],
     title: str = "Before and after training",
-    means: Sequence[tuple[str, float | None, float | None]] = (),
+    means: Sequence[Mean] = (),
     scale: int | None = None,
+    metrics: Sequence[Mean] = (),
 ) -> np.ndarray:
     """A sheet with one row per held-out prompt: its text, then samples before | after, drawn with the same keys.
 
-    `means` are (name, before, after), printed as the headline: "held-out OCR similarity 0.39 → 0.86".
+    `means` are printed as the headline: "held-out ocr 0.39 → 0.86"; `metrics`, which no reward asked for, below it.
     """
     if not rows:
         raise ValueError("before_after needs at least one row, got none")
@@ -110,13 +118,17 @@ def before_after(
     while scale is None and factor > 1 and layout.width > SHEET_WIDTH:
         factor -= 1
         layout = _Layout.of(rows, everything, factor)
-    headline = _headline(means)
-    top = _MARGIN + 44 + (_line_height(typeface(22)) + 12 if headline else 0)
+    headlines = [
+        pieces for pieces in (_headline(means), _headline(metrics, "held-out metrics, not trained on: ")) if pieces
+    ]
+    line_height = _line_height(typeface(_HEADLINE)) + 12
+    top = _MARGIN + 44 + line_height * len(headlines)
     height = top + 40 + len(rows) * layout.row_height + _MARGIN - _GAP
     sheet = Image.new("RGB", (max(layout.width, 520), height), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN, _MARGIN), fit(title, typeface(28), sheet.width - 2 * _MARGIN), INK, typeface(28))
-    _draw_headline(draw, headline, _MARGIN, _MARGIN + 48)
+    for place, pieces in enumerate(headlines):
+        _draw_headline(draw, pieces, _MARGIN, _MARGIN + 48 + line_height * place, sheet.width - 2 * _MARGIN)
     for x, name in ((layout.before_x, "BEFORE"), (layout.after_x, "AFTER")):
         draw.text((x, top + 12), name, FAINT, typeface(14))
     middle = layout.after_x - _MARGIN
@@ -176,23 +188,28 @@ def _draw_row(
                 _caption(draw, captions[index], x, y + layout.tile_height + 4, layout.tile_width, typeface(15))
 
 
-def _headline(means: Sequence[tuple[str, float | None, float | None]]) -> list[tuple[str, Colour]]:
-    """The headline as coloured pieces, e.g. "held-out OCR similarity 0.39 → 0.86"."""
+def _headline(means: Sequence[Mean], words: str = "held-out ") -> list[tuple[str, Colour]]:
+    """The headline as coloured pieces, e.g. "held-out ocr 0.39 → 0.86"; none without means."""
     pieces: list[tuple[str, Colour]] = []
     for name, before, after in means:
-        if pieces:
-            pieces.append(("   ·   ", FAINT))
-        better = before is not None and after is not None and after > before
-        worse = before is not None and after is not None and after < before
+        pieces.append(("   ·   " if pieces else words, FAINT))
         pieces.append((f"{name}  ", FAINT))
         pieces.append((f"{_number(before)} ", INK))
         pieces.append((_ARROW, FAINT))
-        pieces.append((_number(after), GOOD if better else BAD if worse else INK))
+        pieces.append((_number(after), _COLOURS[direction(name, before, after)]))
     return pieces
 
 
-def _draw_headline(draw: ImageDraw.ImageDraw, pieces: Sequence[tuple[str, Colour]], x: float, y: float) -> None:
-    font = typeface(22)
+def _draw_headline(
+    draw: ImageDraw.ImageDraw, pieces: Sequence[tuple[str, Colour]], x: float, y: float, width: float
+) -> None:
+    """On one line, in letters that are small enough for it."""
+
+    def length(font: ImageFont.FreeTypeFont) -> float:
+        return sum(_ARROW_WIDTH + 6 if text == _ARROW else font.getlength(text) for text, _ in pieces)
+
+    sizes = range(_HEADLINE, _SMALLEST_HEADLINE, -1)
+    font = typeface(next((size for size in sizes if length(typeface(size)) <= width), _SMALLEST_HEADLINE))
     for text, colour in pieces:
         if text == _ARROW:
             _arrow(draw, x, y + _line_height(font) * 0.56, colour)

@@ -15,7 +15,7 @@ import platform
 import statistics
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from raylign.errors import RunDirError
 from raylign.metrics import MetricsRow, read_metrics
 from services.charts import Points, line_chart, stacked_chart
 from services.console import duration
-from services.headlines import direction, headline_means
+from services.headlines import DIVERSITY, direction, headline_label, headline_means, is_metric
 from services.run_dir import RunDir, write_atomic
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -76,10 +76,8 @@ def _is_measure(name: str, *measures: str) -> bool:
     return any(name in (f"{measure}/mean", f"eval/{measure}") for measure in measures)
 
 
-# The order of the page. What no row shows follows under "more metrics".
+# The order of the page, after the rewards. What no row shows follows under "more metrics".
 _CHARTS = (
-    _ChartRow("Training reward", lambda name: _is_reward(name, "reward/")),
-    _ChartRow("Held-out rewards", lambda name: _is_reward(name, "eval/")),
     _ChartRow("Calls of the network per text (NFE)", lambda name: _is_measure(name, "nfe", "cached_calls"), True),
     _ChartRow("Entropy budget (gamma)", lambda name: _is_measure(name, "gamma"), floor_zero=True),
     _ChartRow("Diversity and spread within groups", _is_spread, floor_zero=True),
@@ -93,6 +91,19 @@ _CHARTS = (
 )
 
 
+def _reward_charts(held_out: Collection[str]) -> tuple[_ChartRow, ...]:
+    """The rewards, and apart from them the metrics that no reward asked for."""
+
+    def is_held_out(name: str) -> bool:
+        return is_metric(name.removeprefix("eval/"), held_out)
+
+    return (
+        _ChartRow("Training reward", lambda name: _is_reward(name, "reward/")),
+        _ChartRow("Held-out rewards", lambda name: _is_reward(name, "eval/") and not is_held_out(name)),
+        _ChartRow("Held-out metrics, not trained on", lambda name: _is_reward(name, "eval/") and is_held_out(name)),
+    )
+
+
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run directory and return its path. Raises RunDirError if it is none."""
     run = RunDir(run_dir)
@@ -101,7 +112,8 @@ def write_report(run_dir: Path) -> Path:
             f"{run_dir} holds no run (no config.toml, metrics.jsonl or summary.json); give a run's folder"
         )
     rows, summary = read_metrics(run.metrics), run.read_summary()
-    charts, more_charts = _charts(rows)
+    held_out = _held_out_metrics(run.config)
+    charts, more_charts = _charts(rows, held_out)
     page = render(
         "report.html",
         title=run.path.resolve().name,
@@ -109,7 +121,8 @@ def write_report(run_dir: Path) -> Path:
         status=summary.get("status", "no summary yet"),
         status_class={"finished": "good", "failed": "bad"}.get(str(summary.get("status")), ""),
         facts=_facts(rows, summary),
-        outcomes=_outcomes(rows, summary),
+        outcomes=_outcomes(rows, summary, held_out),
+        asked=_asked(rows, held_out),
         before_after=inline(run.before_after),
         texts=_texts(run.samples / "before_after.json"),
         frontier=inline(run.samples / "frontier.png"),
@@ -134,7 +147,7 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def _charts(rows: Sequence[MetricsRow]) -> tuple[list[_Chart], list[_Chart]]:
+def _charts(rows: Sequence[MetricsRow], held_out: Collection[str]) -> tuple[list[_Chart], list[_Chart]]:
     """The page's charts, and one small chart for each metric that none of them shows."""
     series = _series(rows)
     phases = {
@@ -144,7 +157,7 @@ def _charts(rows: Sequence[MetricsRow]) -> tuple[list[_Chart], list[_Chart]]:
     }
     charts: list[_Chart] = []
     shown = {name for name in series if name.startswith("time/")}
-    for row in _CHARTS:
+    for row in (*_reward_charts(held_out), *_CHARTS):
         chosen = {name: points for name, points in series.items() if row.shows(name)}
         shown |= set(chosen)
         if any(value for points in chosen.values() for _, value in points):
@@ -181,22 +194,60 @@ def _without_echoes(series: Series) -> Series:
     return kept
 
 
-def _outcomes(rows: Sequence[MetricsRow], summary: Mapping[str, Any]) -> list[dict[str, str]]:
+def _outcomes(
+    rows: Sequence[MetricsRow], summary: Mapping[str, Any], held_out: Collection[str]
+) -> list[dict[str, str]]:
     """What changed, as the cards of the header: held-out means, or else the training reward."""
     initial, final = summary.get("eval_initial") or {}, summary.get("eval_final") or {}
-    pairs = {f"held-out {name}": (initial.get(name), final.get(name)) for name in headline_means({**initial, **final})}
+    pairs = {name: (initial.get(name), final.get(name)) for name in headline_means({**initial, **final}, held_out)}
     rewards = [value for row in rows if (value := row.get("reward/mean")) is not None]
     if not pairs and len(rewards) > 1:
-        pairs["training reward"] = (rewards[0], rewards[-1])
-    return [
-        {
-            "name": name,
-            "before": _number(before),
-            "after": _number(after),
-            "direction": direction(name.removeprefix("held-out "), before, after),
-        }
-        for name, (before, after) in pairs.items()
-    ]
+        return [_change("training reward", "reward", rewards[0], rewards[-1])]
+    return [_change(headline_label(name, held_out), name, *pair) for name, pair in pairs.items()]
+
+
+def _change(label: str, name: str, before: float | None, after: float | None) -> dict[str, str]:
+    return {
+        "name": label,
+        "before": _number(before),
+        "after": _number(after),
+        "change": "–" if before is None or after is None else f"{after - before:+.3f}",
+        "direction": direction(name, before, after),
+    }
+
+
+def _asked(rows: Sequence[MetricsRow], held_out: Collection[str]) -> dict[str, Any] | None:
+    """The trained reward and what it did not ask for, over the evaluations: at the first, at the one with the best
+    reward, and at the last; None where there is nothing but the reward.
+    """
+    evaluations = [row for row in rows if row.get("eval/mean") is not None]
+    names = dict.fromkeys(name.removeprefix("eval/") for row in evaluations for name in row if name.startswith("eval/"))
+    metrics = [name for name in names if is_metric(name, held_out)]
+    if not metrics:
+        return None
+    # The diversity comes last, and a metric's details after the metric.
+    metrics.sort(key=lambda name: name == DIVERSITY)
+    best = max(evaluations, key=lambda row: row["eval/mean"] or 0.0)
+    chosen = {"first": evaluations[0], "best reward": best, "last": evaluations[-1]}
+
+    def line(name: str, kind: str) -> dict[str, Any]:
+        first, highest, last = (row.get(f"eval/{name}") for row in chosen.values())
+        shown = name if name != "mean" else "reward"
+        return {**_change(shown, name, first, last), "kind": kind, "best": _number(highest)}
+
+    return {
+        "columns": [f"{title} (step {int(row['step'] or 0)})" for title, row in chosen.items()],
+        "rows": [line("mean", "trained on"), *(line(name, "held-out metric") for name in metrics)],
+    }
+
+
+def _held_out_metrics(path: Path) -> list[str]:
+    """The names of a run's `only_eval` rewards, from its resolved configuration; none if it cannot be read."""
+    try:
+        rewards = tomllib.loads(path.read_text(encoding="utf-8", errors="replace")).get("rewards", [])
+        return [str(reward["name"]) for reward in rewards if reward.get("only_eval")]
+    except (OSError, tomllib.TOMLDecodeError, AttributeError, KeyError, TypeError):
+        return []
 
 
 def _facts(rows: Sequence[MetricsRow], summary: Mapping[str, Any]) -> list[str]:

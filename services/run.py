@@ -214,7 +214,7 @@ async def _train(run: _Run, topology: Topology, started_s: float) -> None:
     sinks = make_sinks(_SINKS, folder.path, start_step if resumed is not None else None)
     earlier = read_metrics(folder.metrics)
     seconds_before = float(earlier[-1]["time/since_start_s"] or 0.0) if earlier else 0.0
-    observer = RunObserver(folder, sinks, run.console, seconds_before)
+    observer = RunObserver(folder, sinks, run.console, seconds_before, config.held_out_metrics)
     observer.first_eval = _first_eval(earlier)
     record = {"config_sha256": config_sha256(config), "inputs_sha256": run.inputs.sha256}
 
@@ -240,7 +240,7 @@ async def _train(run: _Run, topology: Topology, started_s: float) -> None:
         observer,
         save,
     )
-    run.console.begin(config.num_steps, start_step)
+    run.console.begin(config.num_steps, start_step, config.held_out_metrics)
     train_started_s = time.monotonic()
     try:
         with _stop_on_signals(controller, run.console):

@@ -98,7 +98,7 @@ def _row(samples: int = 2, prompt: str = 'the word "KITE"') -> BeforeAfterRow:
 
 
 def test_a_before_after_sheet_holds_both_halves() -> None:
-    sheet = before_after([_row(2)], scale=1, means=[("held-out ocr", 0.39, 0.86)])
+    sheet = before_after([_row(2)], scale=1, means=[("ocr", 0.39, 0.86)])
     first = _noise(seed=0)
     corners = np.argwhere((sheet == first[0, 0]).all(axis=-1))
     found = [(y, x) for y, x in corners if np.array_equal(sheet[y : y + 32, x : x + 64], first)]

@@ -130,7 +130,7 @@ def test_a_whole_run_makes_a_whole_page(tmp_path: Path) -> None:
     assert len(page.images) == 3
     assert "step 15" in text
     assert re.search(r"held-out ocr.*?0\.390 →.*?better.*?0\.860", text, re.DOTALL)
-    assert re.search(r"held-out diversity.*?worse.*?0\.100", text, re.DOTALL)
+    assert re.search(r"held-out metric diversity.*?worse.*?0\.100", text, re.DOTALL)
     assert "held-out mean" not in text
     assert "3 steps · trained for 12 s · in all 20 s · 24.0 samples/s · weights 3f9ab23f9ab2" in text
     assert re.search(r"algorithm\.type</td><td class=\"mono\">nft", text)
