@@ -24,7 +24,8 @@ MAX_CACHED_PROMPTS = 1024
 class EvalPoint:
     """What an evaluation changes of its sampler, to walk along a curve; nothing by default.
 
-    gamma: every row's entropy budget (texts). eta, num_steps: gDDIM at that stochasticity, in so many steps (pictures).
+    gamma: every row's entropy budget (texts). eta: gDDIM at that stochasticity, 0 being the ODE; num_steps: so many
+    denoising steps (both of pictures).
     """
 
     gamma: float | None = None

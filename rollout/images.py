@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from raylign.config import parse_config
 from raylign.errors import ConfigError
 from raylign.keys import normal, sample_generators
 from raylign.models.base import Conditioning, DenoisingPolicy, guided_velocity, join_conditioning
 from raylign.models.schedule import final_scale, initial_scale
 from raylign.precision import DTYPES, Precision
-from raylign.samplers import Past, Sampler, ode_transition
+from raylign.samplers import ImageSamplerConfig, Past, Sampler, make_sampler, ode_transition
 from raylign.samplers.base import SdeSamplerConfig
+from raylign.samplers.gddim import GddimConfig
 from raylign.samplers.window import window_steps
 from raylign.types import LatentTrajectory, Needs, SampleKey, WeightVersion
 from rollout.drawn import MAX_CACHED_PROMPTS, Drawn, EvalPoint, Probe, Slot
@@ -43,6 +45,7 @@ class ImageDenoiser:
         self._policy = policy
         self._setups = setups
         self._run_seed = run_seed
+        self._setup_at = functools.cache(self._make_setup)
         self._encode = functools.lru_cache(MAX_CACHED_PROMPTS)(policy.encode)
 
     def draw(
@@ -57,7 +60,7 @@ class ImageDenoiser:
         """See Denoiser. A picture whose final latent is not finite has failed."""
         if point.gamma is not None:
             raise ConfigError(f"an entropy budget (gamma {point.gamma:g}) was asked of an image sampler; leave it out")
-        setup = self._setups[slot]
+        setup = self._setup_at(slot, point)
         with_negative = setup.guidance_scale > 1.0 or Needs.NEGATIVE in setup.needs
         told = [self._encode(text, with_negative) for text in texts]
         stochastic_S = stochastic_steps(setup.sampler, self._run_seed, learner_step)
@@ -74,6 +77,12 @@ class ImageDenoiser:
             images_BHWC=images_BHWC,
         )
 
+    def _make_setup(self, slot: Slot, point: EvalPoint) -> SamplerSetup:
+        setup = self._setups[slot]
+        if point.eta is None and point.num_steps is None:
+            return setup
+        return replace(setup, sampler=make_sampler(sampler_at(setup.sampler.config, point), self._policy.schedule))
+
     def probe(self, text: str, run_seed: int, version: WeightVersion) -> Probe:
         """Velocities at a high, a middle and a low noise level."""
         device = self._policy.device
@@ -83,6 +92,18 @@ class ImageDenoiser:
         conditioning = self._encode(text, False).repeat(len(keys))
         velocity = self._policy.predict(state.to(device), sigma_B.to(device), conditioning)
         return Probe(version, state, sigma_B, conditioning.to(torch.device("cpu")), velocity.cpu())
+
+
+def sampler_at(config: ImageSamplerConfig, point: EvalPoint) -> ImageSamplerConfig:
+    """A sampler's configuration with the point's number of steps; at its stochasticity gDDIM on the same noise levels.
+
+    Raises ConfigError for values that the sampler refuses, such as a negative eta.
+    """
+    steps = config.num_steps if point.num_steps is None else point.num_steps
+    if point.eta is None:
+        return parse_config(type(config), {**config.model_dump(), "num_steps": steps}, "the evaluation's sampler")
+    kept = {name: getattr(config, name) for name in ("guidance_scale", "shift", "halve_last_level")}
+    return parse_config(GddimConfig, {**kept, "num_steps": steps, "eta": point.eta}, "the evaluation's stochasticity")
 
 
 def stochastic_steps(sampler: Sampler, run_seed: int, learner_step: int) -> tuple[bool, ...]:

@@ -62,6 +62,8 @@ class TextDenoiser:
         learner_step: int,
     ) -> Drawn:
         """See Denoiser. A text for which the network's answer was not finite has failed, and keeps its masks."""
+        if point.eta is not None or point.num_steps is not None:
+            raise ConfigError(f"stochasticity and steps are for pictures, but {point} was asked of a text sampler")
         told = [self._encode(text) for text in texts]
         started_s = time.perf_counter()
         trajectory = unmask(self._policy, self._setups[slot], join_prompts(told).repeat(count), keys, point.gamma)

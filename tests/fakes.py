@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from raylign.models.base import Conditioning
-from raylign.models.schedule import FlowSchedule
+from raylign.models.schedule import FlowSchedule, NoiseSchedule
 from raylign.types import (
     LatentTrajectory,
     RewardBreakdown,
@@ -34,7 +34,7 @@ from rollout.prompts import GroupTask
 class TwoNumberPolicy:
     """A DenoisingPolicy: velocity = scale * state + shift * (length of the prompt); pictures are its signs."""
 
-    schedule = FlowSchedule(1.0)
+    schedule: NoiseSchedule = FlowSchedule(1.0)
     latent_shape: tuple[int, int, int] = (1, 2, 3)
     device: torch.device = torch.device("cpu")
 

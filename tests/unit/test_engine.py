@@ -8,14 +8,27 @@ import numpy as np
 import pytest
 import torch
 
-from raylign.errors import WeightError
-from raylign.samplers import FlowSchedule, make_sampler
+from raylign.errors import ConfigError, WeightError
+from raylign.samplers import FlowSchedule, make_sampler, make_token_sampler
 from raylign.samplers.euler_ode import EulerOdeConfig
 from raylign.samplers.flow_sde import FlowSdeConfig
+from raylign.samplers.gddim import GddimConfig
+from raylign.samplers.low_confidence import LowConfidenceConfig
 from raylign.types import Needs, Prompt, RolloutStatus
-from rollout.engine import ChunkRequest, RolloutEngine, SamplerSetup, Slot, chunk_requests, join_parts
+from rollout.engine import (
+    ChunkRequest,
+    EvalPoint,
+    RolloutEngine,
+    SamplerSetup,
+    Slot,
+    TokenSetup,
+    chunk_requests,
+    join_parts,
+)
+from rollout.images import sampler_at
 from rollout.prompts import GroupTask
 from tests.fakes import TwoNumberPolicy
+from tests.toy_text import ToyTextPolicy
 
 ONE, TWO = GroupTask(Prompt("1", "one"), 0, 0), GroupTask(Prompt("2", "number two"), 0, 1)
 
@@ -170,3 +183,65 @@ def test_parts_join_into_the_group_they_were_cut_from() -> None:
     assert joined.images_GHWC is not None
     assert whole.images_GHWC is not None
     assert np.array_equal(joined.images_GHWC, whole.images_GHWC)
+
+
+def _final(engine: RolloutEngine[TwoNumberPolicy], point: EvalPoint, slot: Slot = "eval") -> torch.Tensor:
+    return engine.generate(ChunkRequest((TWO,), (0, 1), slot, point))[0].latents.final_GCHW
+
+
+def test_an_evaluation_can_be_drawn_at_any_stochasticity_with_the_same_first_noise() -> None:
+    engine = _engine()
+    ode = _final(engine, EvalPoint())
+    # Two sums in another order are equal up to rounding.
+    torch.testing.assert_close(_final(engine, EvalPoint(eta=0.0)), ode, rtol=0, atol=1e-6)
+    noisy, noisier = _final(engine, EvalPoint(eta=0.1)), _final(engine, EvalPoint(eta=1.5))
+    assert not torch.allclose(noisy, ode, atol=1e-2)
+    assert not torch.equal(noisier, noisy)
+    assert torch.equal(_final(engine, EvalPoint(eta=0.1)), noisy)
+    assert torch.equal(_final(engine, EvalPoint()), ode), "the slot's own sampler is left as it was"
+
+
+def test_steps_alone_are_those_of_the_slots_own_sampler() -> None:
+    engine = _engine()
+    (group,) = engine.generate(ChunkRequest((ONE,), (0,), "eval", EvalPoint(num_steps=7)))
+    sampler = make_sampler(EulerOdeConfig(num_steps=7), FlowSchedule(1.0))
+    assert torch.equal(group.latents.sigmas_S1, sampler.sigmas_S1)
+    assert group.latents.stochastic_S is not None
+    assert not group.latents.stochastic_S.any()
+    (group,) = engine.generate(ChunkRequest((ONE,), (0,), "eval", EvalPoint(eta=1.0, num_steps=5)))
+    assert group.latents.stochastic_S is not None
+    assert group.latents.stochastic_S.tolist() == [True] * 4 + [False]
+
+
+def test_stochasticity_changes_neither_guidance_nor_noise_levels() -> None:
+    given = EulerOdeConfig(num_steps=6, guidance_scale=3.0, shift=2.0, halve_last_level=True)
+    config = sampler_at(given, EvalPoint(eta=0.7))
+    assert isinstance(config, GddimConfig)
+    assert (config.eta, config.num_steps, config.guidance_scale, config.shift) == (0.7, 6, 3.0, 2.0)
+    levels = [make_sampler(one, FlowSchedule(1.0)).sigmas_S1 for one in (given, config)]
+    assert torch.equal(*levels)
+
+
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [
+        (EvalPoint(eta=-0.5), "stochasticity cannot be negative"),
+        (EvalPoint(eta=1.0, num_steps=1), "num_steps: Input should be greater than or equal to 2"),
+        (EvalPoint(num_steps=0), "num_steps: Input should be greater than or equal to 1"),
+        (EvalPoint(gamma=0.1), "gamma 0.1. was asked of an image sampler"),
+    ],
+)
+def test_a_point_that_pictures_cannot_be_drawn_at_is_refused(point: EvalPoint, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _final(_engine(), point)
+
+
+def test_texts_have_no_stochasticity() -> None:
+    policy = ToyTextPolicy()
+    setup = TokenSetup(make_token_sampler(LowConfidenceConfig(num_steps=4), policy.canvas_length), Needs.FINAL)
+    engine = RolloutEngine(policy, {"rollout": setup}, 0)
+    engine.pull(policy.export_weights(0))
+    task = GroupTask(Prompt("abc", "abc"), 0, 0)
+    for point in (EvalPoint(eta=1.0), EvalPoint(num_steps=4)):
+        with pytest.raises(ConfigError, match="are for pictures"):
+            engine.generate(ChunkRequest((task,), (0,), point=point))
