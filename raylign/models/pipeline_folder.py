@@ -22,13 +22,14 @@ class PipelineForm:
     """What a family's directory must hold.
 
     pipeline: diffusers' class. network: the component that is trained, and network_class its class. components: all
-    that must be there, the network included.
+    that must be there, the network included. left_out: optional ones that are not loaded, whether there or not.
     """
 
     pipeline: str
     network: str
     network_class: str
     components: Sequence[str]
+    left_out: Sequence[str] = ()
 
 
 def check_pipeline_folder(folder: Path, form: PipelineForm) -> None:
@@ -70,7 +71,9 @@ def load_pipeline(
     if precision != "fp32" and fp32_components:
         dtype = {"default": dtype} | dict.fromkeys(fp32_components, torch.float32)
     try:
-        pipeline = getattr(diffusers, form.pipeline).from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+        pipeline = getattr(diffusers, form.pipeline).from_pretrained(
+            str(folder), dtype=dtype, local_files_only=True, **dict.fromkeys(form.left_out)
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder} does not load as a {form.pipeline}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
