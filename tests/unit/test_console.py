@@ -16,7 +16,7 @@ from rich.console import Console
 
 from raylign.errors import RewardError
 from services.console import RunConsole, ascii_picture, duration, sparkline
-from services.headlines import direction, headline_means
+from services.headlines import direction, headline_label, headline_means
 
 SUMMARY: Mapping[str, Any] = {
     "status": "finished",
@@ -353,6 +353,40 @@ def test_the_mix_is_a_headline_only_if_rewards_are_mixed() -> None:
         "diversity",
     ]
     assert list(headline_means({"mean": 0.5, "ocr": 0.5, "clip": 0.1})) == ["mean", "ocr", "clip"]
+
+
+def test_held_out_metrics_are_headlines_of_their_own_behind_the_rewards() -> None:
+    means = {"diversity": 0.2, "sharpness": 0.1, "mean": 0.5, "ocr": 0.5, "px": 0.4, "px/exact": 0.3, "ocr/exact": 0.1}
+    # One reward is trained on, so the mix only repeats it; without a word on the metrics they all count as rewards.
+    assert list(headline_means(means, ["px", "sharpness"])) == ["ocr", "ocr/exact", "diversity", "sharpness", "px"]
+    assert list(headline_means(means))[:3] == ["sharpness", "mean", "ocr"]
+    labels = [headline_label(name, ["px"]) for name in ("ocr", "px", "px/exact", "pxx", "diversity")]
+    assert labels == [
+        "held-out ocr",
+        "held-out metric px",
+        "held-out metric px/exact",
+        "held-out pxx",
+        "held-out metric diversity",
+    ]
+
+
+def test_an_evaluation_tells_held_out_metrics_from_rewards(tmp_path: Path) -> None:
+    screen = _Screen()
+    with screen.run as run:
+        run.begin(2, held_out=["px"])
+        run.evaluated(0, {"eval/ocr": 0.4, "eval/px": 0.3, "eval/px/exact": 0.1, "eval/diversity": 0.2})
+        run.evaluated(2, {"eval/ocr": 0.9, "eval/px": 0.2, "eval/px/exact": 0.1, "eval/diversity": 0.2})
+        finals = {"eval_initial": {"ocr": 0.4, "px": 0.3}, "eval_final": {"ocr": 0.9, "px": 0.2}}
+        run.finish({**SUMMARY, **finals}, tmp_path)
+    lines = screen.text.splitlines()
+    assert lines[0] == "held-out at step 0: ocr 0.400  |  held-out metrics: px 0.300  |  diversity 0.200"
+    assert "ocr 0.400 -> 0.900  |  held-out metrics: px 0.300 -> 0.200  |  diversity 0.200" in lines[1]
+    assert re.fullmatch(r"held-out ocr +0\.400 -> 0\.900", lines[3])
+    assert re.fullmatch(r"held-out metric px +0\.300 -> 0\.200", lines[4])
+
+
+def test_sharpness_has_no_better_end() -> None:
+    assert (direction("sharpness", 0.1, 0.9), direction("diversity", 0.1, 0.9)) == ("", "better")
 
 
 def test_measures_of_texts_are_no_rewards() -> None:

@@ -118,6 +118,28 @@ def test_a_headline_says_better_or_worse_by_colour() -> None:
     assert (_has_colour(unknown, GOOD), _has_colour(unknown, BAD)) == (False, False)
 
 
+def test_held_out_metrics_have_a_line_below_the_rewards() -> None:
+    row = BeforeAfterRow("a", [_noise()], [_noise()])
+    plain, both = (
+        before_after([row], means=[("ocr", 0.1, 0.9)], metrics=metrics) for metrics in ((), [("px", 0.9, 0.1)])
+    )
+    line = both.shape[0] - plain.shape[0]
+    assert line > 20
+    assert np.array_equal(plain[:100], both[:100]), "title and first line stay where they are"
+    assert (_has_colour(plain, BAD), _has_colour(both, BAD)) == (False, True)
+    neither = before_after([row], metrics=[("sharpness", 0.1, 0.9)])
+    assert (_has_colour(neither, GOOD), _has_colour(neither, BAD)) == (False, False)
+
+
+def test_a_long_headline_is_written_smaller() -> None:
+    row = BeforeAfterRow("a", [_noise()], [_noise()])
+    means = [(f"reward_{index}", 0.1, 0.9) for index in range(3)]
+    sheet = before_after([row], means=means)
+    columns = np.argwhere((sheet == GOOD).all(axis=-1))[:, 1]
+    starts = 1 + np.count_nonzero(np.diff(np.unique(columns)) > 40)
+    assert starts == 3, "every value is on the sheet"
+
+
 def test_a_wide_sheet_is_drawn_smaller_but_never_below_one_to_one() -> None:
     assert before_after([_row(2)]).shape[1] <= SHEET_WIDTH
     assert before_after([_row(4)]).shape[1] <= SHEET_WIDTH

@@ -137,6 +137,70 @@ def test_a_whole_run_makes_a_whole_page(tmp_path: Path) -> None:
     assert re.search(r"rewards\.0\.type</td><td class=\"mono\">ocr", text)
 
 
+CONFIG = """seed = 1
+[[rewards]]
+type = "ocr"
+name = "ocr"
+[[rewards]]
+type = "glyph_pixels"
+name = "second"
+only_eval = true
+"""
+
+
+def _evaluation(step: int, reward: float, second: float, diversity: float) -> dict[str, Any]:
+    names = {"mean": reward, "ocr": reward, "second": second, "second/exact": second / 2, "diversity": diversity}
+    return {"step": step, **{f"eval/{name}": value for name, value in names.items()}}
+
+
+def _asked(text: str) -> list[list[str]]:
+    """Cells of the table of the trained reward and what it did not ask for, row by row."""
+    _, _, after = text.partition("Trained reward and what it did not ask for")
+    rows = re.findall(r"<tr>(.*?)</tr>", after.partition("</table>")[0], re.DOTALL)
+    return [[re.sub("<.*?>", "", cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows]
+
+
+def test_what_the_reward_did_not_ask_for_stands_beside_it(tmp_path: Path) -> None:
+    rows = [_evaluation(0, 0.4, 0.4, 0.2), _evaluation(2, 0.9, 0.5, 0.1), _evaluation(4, 0.8, 0.3, 0.25)]
+    summary = {
+        "status": "finished",
+        "eval_initial": {"ocr": 0.4, "second": 0.4},
+        "eval_final": {"ocr": 0.8, "second": 0.3},
+    }
+    text = _write(tmp_path / "run", rows, summary, CONFIG)
+    assert _asked(text) == [
+        ["held-out prompts", "", "first (step 0)", "best reward (step 2)", "last (step 4)", "change"],
+        ["reward", "trained on", "0.400", "0.900", "0.800", "+0.400"],
+        ["second", "held-out metric", "0.400", "0.500", "0.300", "-0.100"],
+        ["second/exact", "held-out metric", "0.200", "0.250", "0.150", "-0.050"],
+        ["diversity", "held-out metric", "0.200", "0.100", "0.250", "+0.050"],
+    ]
+    assert re.search(r'class="num worse">-0\.100', text)
+    assert re.search(r"held-out ocr.*?better.*?0\.800.*?held-out metric second.*?worse.*?0\.300", text, re.DOTALL)
+    charts = dict(re.findall(r"<h3>(.*?)</h3>(.*?)</figure>", text, re.DOTALL))
+    assert "eval/second" not in charts["Held-out rewards"]
+    assert "eval/ocr" in charts["Held-out rewards"]
+    assert "eval/second/exact" in charts["Held-out metrics, not trained on"]
+
+
+def test_a_metric_that_is_missing_once_is_a_dash(tmp_path: Path) -> None:
+    first = {name: value for name, value in _evaluation(0, 0.4, 0.4, 0.2).items() if "second" not in name}
+    text = _write(tmp_path / "run", [first, _evaluation(3, 0.6, 0.5, 0.1)], None, CONFIG)
+    cells = {row[0]: row[2:] for row in _asked(text)}
+    assert cells["second"] == ["–", "0.500", "0.500", "–"]
+
+
+@pytest.mark.parametrize("config", ["= no toml", "rewards = 3", "[[rewards]]\nonly_eval = true", "rewards = [1]"])
+def test_a_broken_configuration_has_no_held_out_metrics(tmp_path: Path, config: str) -> None:
+    text = _write(tmp_path / "run", [_evaluation(0, 0.4, 0.4, 0.2)], None, config)
+    assert [row[0] for row in _asked(text)] == ["held-out prompts", "reward", "diversity"]
+
+
+def test_a_reward_alone_needs_no_table_beside_it(tmp_path: Path) -> None:
+    text = _write(tmp_path / "run", [{"step": 0, "eval/mean": 0.4, "eval/ocr": 0.4}])
+    assert _asked(text) == []
+
+
 def test_a_page_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     _picture(tmp_path / "run" / "samples" / "before_after.png")
     text = _write(tmp_path / "run", _rows(), EVERYTHING)
