@@ -5,7 +5,7 @@ Source: SA-Solver (2309.05019), data prediction, predictor and corrector of orde
 log-SNR, h0 that of the step before, and tau the stochasticity at the level a step leads to:
 
     corrector  y_k  = x_k + c ((m_k - m_k-1) - (h / h0) (m_k-1 - m_k-2))                c = (1 - t_k) (1 + tau^2) h / 2
-    predictor  mean = (t'/t) q y_k + (1 - t') (1 - q e^-h) m_k + c' (h' / h) (m_k - m_k-1)     q = e^-(tau^2 h')
+    predictor  mean = (t'/t) q y_k + (1 - t') (1 - q e^-h') m_k + c' (h' / h) (m_k - m_k-1)    q = e^-(tau^2 h')
                std  = t' sqrt(1 - q^2)
 
 h, h0, c belong to the step that led to x_k, h', c' to the one that leaves it. The corrector replaces the slope that

@@ -53,7 +53,7 @@ def window_starts(config: WindowConfig, num_steps: int) -> Sequence[int]:
 
     Raises ConfigError if it does not fit between `first` and `last` of so many steps.
     """
-    last = num_steps - 2 if config.last is None else config.last
+    last = _last(config, num_steps)
     final = last - config.size + 1
     if last >= num_steps or final < config.first:
         raise ConfigError(
@@ -82,11 +82,15 @@ def window_steps(config: WindowConfig, num_steps: int, run_seed: int, learner_st
     return range(start, start + config.size)
 
 
+def _last(config: WindowConfig, num_steps: int) -> int:
+    return num_steps - 2 if config.last is None else config.last
+
+
 def _stay(config: WindowConfig, start: int, num_steps: int) -> int:
     """Learner steps that the window spends at a start."""
     if config.strategy == "decay":
         least = max(1, config.advance_every // 4) if config.min_advance is None else config.min_advance
-        progress = start / (num_steps - 2 if config.last is None else config.last)
+        progress = start / max(1, _last(config, num_steps))
         return max(least, int(config.advance_every * (1 - progress) + least * progress))
     if config.strategy == "exp_decay":
         return math.ceil(config.advance_every * math.exp(-config.decay_rate * max(0, start - config.decay_from)))

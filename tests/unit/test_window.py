@@ -83,3 +83,9 @@ def test_a_window_that_does_not_fit_is_refused(changes: dict[str, int], num_step
 
 def test_the_last_step_is_in_reach_if_asked_for() -> None:
     assert window_steps(WindowConfig(strategy="fixed", size=10, last=9), 10, 7, 1) == range(10)
+
+
+@pytest.mark.parametrize("strategy", ["fixed", "random", "progressive", "decay", "exp_decay"])
+def test_the_only_place_is_held_by_every_strategy(strategy: str) -> None:
+    config = WindowConfig.model_validate({"strategy": strategy, "size": 1})
+    assert {window_steps(config, 2, 7, step) for step in (1, 2, 26, 1000)} == {range(1)}
