@@ -93,7 +93,10 @@ def test_palette_by_hand() -> None:
 
 
 def test_the_background_is_the_pictures_own() -> None:
-    assert palette_share(np.full((6, 6, 3), (0, 200, 200), np.uint8), 1.0) == 1.0
+    picture = np.full((6, 6, 3), (0, 200, 200), np.uint8)
+    assert palette_share(picture, 1.0) == 1.0
+    picture[0, 2:4] = (0, 255, 200)  # a few strange pixels at the edge do not move it
+    assert palette_share(picture, 1.0) == pytest.approx(34 / 36)
 
 
 def test_the_configured_tolerance_is_used_and_part_of_the_version() -> None:

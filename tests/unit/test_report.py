@@ -149,7 +149,7 @@ only_eval = true
 
 
 def _evaluation(step: int, reward: float, second: float, diversity: float) -> dict[str, Any]:
-    names = {"mean": reward, "ocr": reward, "second": second, "second/exact": second / 2, "diversity": diversity}
+    names = {"diversity": diversity, "mean": reward, "ocr": reward, "second": second, "second/exact": second / 2}
     return {"step": step, **{f"eval/{name}": value for name, value in names.items()}}
 
 
