@@ -14,10 +14,14 @@ from pydantic import Field
 from raylign.config import Config
 from raylign.models.base import DenoisingPolicy, Role
 from raylign.models.dream import DREAM, DreamConfig
+from raylign.models.flux import FLUX, FluxConfig
 from raylign.models.image_export import export_image
 from raylign.models.image_policy import Architecture, ImageModelConfig, check_image, load_image
 from raylign.models.llada import LLADA, LladaConfig
+from raylign.models.sana import SANA, SanaConfig
 from raylign.models.sd3 import SD3, Sd3Config
+from raylign.models.sdxl import SDXL, SdxlConfig
+from raylign.models.stable_diffusion import STABLE_DIFFUSION, StableDiffusionConfig
 from raylign.models.text_checkpoint import TextFormat, check_text, export_text, load_text
 from raylign.models.text_policy import TextModelConfig
 from raylign.models.tiny_text import TINY_TEXT, TinyTextConfig
@@ -50,9 +54,23 @@ def _image_family(architecture: Architecture) -> Family:
     )
 
 
-ModelConfig = Annotated[Sd3Config | LladaConfig | DreamConfig | TinyTextConfig, Field(discriminator="type")]
+ModelConfig = Annotated[
+    Sd3Config
+    | StableDiffusionConfig
+    | SdxlConfig
+    | FluxConfig
+    | SanaConfig
+    | LladaConfig
+    | DreamConfig
+    | TinyTextConfig,
+    Field(discriminator="type"),
+]
 MODEL_FAMILIES: dict[type[Config], Family] = {
     Sd3Config: _image_family(SD3),
+    StableDiffusionConfig: _image_family(STABLE_DIFFUSION),
+    SdxlConfig: _image_family(SDXL),
+    FluxConfig: _image_family(FLUX),
+    SanaConfig: _image_family(SANA),
     LladaConfig: _text_family(LLADA),
     DreamConfig: _text_family(DREAM),
     TinyTextConfig: _text_family(TINY_TEXT),

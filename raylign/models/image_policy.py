@@ -71,6 +71,7 @@ class Architecture:
     velocity(policy, state_BCHW, sigma_B, conditioning): v = eps - x_0 in the network's own precision.
     pixels(pipeline, latents_BCHW): pictures in [-1, 1], (B, 3, height, width).
     fp32_components: those that keep single precision in a bf16 rollout.
+    check(config, network's configuration): raise ModelError for a key that this network has no use for.
     """
 
     form: PipelineForm
@@ -81,6 +82,7 @@ class Architecture:
     velocity: Callable[[ImagePolicy, torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
     pixels: Callable[[Any, torch.Tensor], torch.Tensor]
     fp32_components: tuple[str, ...] = ()
+    check: Callable[[Any, dict[str, Any]], None] | None = None
 
 
 class ImagePolicy:
@@ -179,7 +181,7 @@ def load_image(
 
 
 def check_image(architecture: Architecture, config: ImageModelConfig, texts: Sequence[str] = ()) -> None:
-    """Raise for a directory without a component, or a size it cannot draw, before anything is started.
+    """Raise for a directory without a component, or what it cannot draw, before anything is started.
 
     Any of `texts` will do: the encoders cut one that is too long.
     """
@@ -189,6 +191,9 @@ def check_image(architecture: Architecture, config: ImageModelConfig, texts: Seq
     for name, size in (("height", config.height), ("width", config.width)):
         if size % geometry.multiple:
             raise ModelError(f"model.{name} must be a multiple of {geometry.multiple} for this model, got {size}")
+    if architecture.check is not None:
+        architecture.check(config, component_config(folder, architecture.form.network))
+    architecture.schedule(config, folder)
 
 
 def _geometry(architecture: Architecture, config: ImageModelConfig, folder: Path) -> Geometry:

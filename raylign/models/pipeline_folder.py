@@ -71,9 +71,10 @@ def load_pipeline(
     if precision != "fp32" and fp32_components:
         dtype = {"default": dtype} | dict.fromkeys(fp32_components, torch.float32)
     try:
-        pipeline = getattr(diffusers, form.pipeline).from_pretrained(
-            str(folder), dtype=dtype, local_files_only=True, **dict.fromkeys(form.left_out)
-        )
+        with torch.random.fork_rng(devices=[]):  # some networks draw starting values that the files then replace
+            pipeline = getattr(diffusers, form.pipeline).from_pretrained(
+                str(folder), dtype=dtype, local_files_only=True, **dict.fromkeys(form.left_out)
+            )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder} does not load as a {form.pipeline}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -86,9 +87,10 @@ def load_network(folder: Path, form: PipelineForm) -> Any:
     import diffusers
 
     try:
-        return getattr(diffusers, form.network_class).from_pretrained(
-            str(folder), subfolder=form.network, dtype=torch.float32, local_files_only=True
-        )
+        with torch.random.fork_rng(devices=[]):
+            return getattr(diffusers, form.network_class).from_pretrained(
+                str(folder), subfolder=form.network, dtype=torch.float32, local_files_only=True
+            )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder}/{form.network} does not load: {error}") from error
 

@@ -8,8 +8,9 @@ whose levels go from 1 to 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -26,14 +27,23 @@ class NoiseSchedule(Protocol):
         ...
 
 
+Spacing = Literal["trained", "even", "solver"]
+"""How levels are spaced before the time shift.
+
+trained: over the trained levels and shifted once more, `flow_sigmas` (Stable Diffusion 3, SANA with Euler). even:
+`even_flow_sigmas` (FLUX.1). solver: `solver_flow_sigmas` (SANA with DPM-Solver).
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class FlowSchedule:
-    """A statically shifted flow schedule: Stable Diffusion 3."""
+    """A time-shifted flow schedule. A shift that depends on the picture's size is a number by the time it is here."""
 
     shift: float = 1.0
+    spacing: Spacing = "trained"
 
     def levels(self, num_steps: int, shift: float | None = None) -> torch.Tensor:
-        return flow_sigmas(num_steps, self.shift if shift is None else shift)
+        return _SPACINGS[self.spacing](num_steps, self.shift if shift is None else shift)
 
 
 def initial_scale(sigmas_S1: torch.Tensor) -> float:
@@ -55,10 +65,41 @@ def flow_sigmas(num_steps: int, shift: float, num_train_timesteps: int = 1000) -
     1, .9601, .9133 and end .2780, .0089, 0.
     """
     levels = np.linspace(1, num_train_timesteps, num_train_timesteps, dtype=np.float32)[::-1] / num_train_timesteps
-    shifted = shift * levels / (1 + (shift - 1) * levels)
+    shifted = _shifted(levels, shift)
     timesteps = np.linspace(
         float(shifted[0]) * num_train_timesteps, float(shifted[-1]) * num_train_timesteps, num_steps
     )
-    spaced = timesteps / num_train_timesteps
-    spaced = shift * spaced / (1 + (shift - 1) * spaced)
-    return torch.cat([torch.from_numpy(spaced.astype(np.float32)), torch.zeros(1)])
+    return _ending_at_zero(_shifted(timesteps / num_train_timesteps, shift))
+
+
+def even_flow_sigmas(num_steps: int, shift: float) -> torch.Tensor:
+    """Evenly spaced from 1 to 1/S, then shifted, and 0: how `FluxPipeline` asks its scheduler. (S + 1,), fp32.
+
+    Example: 4 steps at shift 3 are 1, .9, .75, .5, 0.
+    """
+    return _ending_at_zero(_shifted(np.linspace(1.0, 1 / num_steps, num_steps), shift))
+
+
+def solver_flow_sigmas(num_steps: int, shift: float, num_train_timesteps: int = 1000) -> torch.Tensor:
+    """As DPMSolverMultistepScheduler spaces flow models: from 1 - 1/1000 down by equal parts, shifted, and 0.
+
+    (S + 1,), fp32. The first level is short of 1, at shift 3 it is .99967. Example: 2 steps at shift 1 are .999,
+    .4995, 0.
+    """
+    sigmas = 1 - np.linspace(1, 1 / num_train_timesteps, num_steps + 1)[::-1]
+    return _ending_at_zero(_shifted(sigmas[:-1], shift))
+
+
+def _shifted(levels: np.ndarray, shift: float) -> np.ndarray:
+    return shift * levels / (1 + (shift - 1) * levels)
+
+
+def _ending_at_zero(levels: np.ndarray) -> torch.Tensor:
+    return torch.cat([torch.from_numpy(levels.astype(np.float32)), torch.zeros(1)])
+
+
+_SPACINGS: dict[Spacing, Callable[[int, float], torch.Tensor]] = {
+    "trained": flow_sigmas,
+    "even": even_flow_sigmas,
+    "solver": solver_flow_sigmas,
+}

@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 
 from raylign.models.base import Conditioning
+from raylign.models.flow_scheduler import euler_schedule
 from raylign.models.image_policy import Architecture, Geometry, ImageModelConfig, ImagePolicy
-from raylign.models.pipeline_folder import PipelineForm, component_config
+from raylign.models.pipeline_folder import PipelineForm
 from raylign.models.schedule import FlowSchedule
 
 FORM = PipelineForm(
@@ -55,7 +56,7 @@ def _geometry(config: Sd3Config, network: dict[str, Any], vae: dict[str, Any]) -
 
 
 def _schedule(config: Sd3Config, folder: Path) -> FlowSchedule:
-    return FlowSchedule(float(component_config(folder, "scheduler").get("shift", 1.0)))
+    return euler_schedule(folder)
 
 
 def _encode(pipeline: Any, config: Sd3Config, text: str, device: torch.device, with_negative: bool) -> Conditioning:
@@ -90,4 +91,5 @@ def _pixels(pipeline: Any, latents_BCHW: torch.Tensor) -> torch.Tensor:
     return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
 
 
-SD3 = Architecture(FORM, LORA_TARGETS, _geometry, _schedule, _encode, _velocity, _pixels)
+# The VAE stays in fp32, as in Flow-GRPO and DiffusionNFT: a reward looks at its pictures.
+SD3 = Architecture(FORM, LORA_TARGETS, _geometry, _schedule, _encode, _velocity, _pixels, fp32_components=("vae",))
