@@ -28,9 +28,29 @@ def clipped_policy_loss(
     rho = exp(learner - rollout);  L = max(-A rho, -A clip(rho, 1 ± clip_range)).
     Log-probs are means over latent dims, so rho is the geometric mean over dims of the density ratio.
     """
-    ratio = torch.exp(learner_logprob_N - rollout_logprob_N.detach())
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return torch.maximum(-adv_N * ratio, -adv_N * clipped), ratio
+    ratio_N = torch.exp(learner_logprob_N - rollout_logprob_N.detach())
+    return _clipped_surrogate(ratio_N, adv_N, clip_range), ratio_N
+
+
+def guarded_policy_loss(
+    learner_logprob_N: torch.Tensor,
+    rollout_logprob_N: torch.Tensor,
+    adv_N: torch.Tensor,
+    clip_range: float,
+    bias_N: torch.Tensor,
+    std_N: torch.Tensor,
+    delta_sigma: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GRPO-Guard's clipped surrogate (2510.22319): loss and ratio, both (N,).
+
+    rho = exp((learner - rollout + bias) std);  L = max(-A rho, -A clip(rho, 1 ± clip_range)) / -delta_sigma.
+    `bias_N` = mean (mu - mu_rollout)² / (2 std²), `gaussian_kl` of the two, is minus what a log-ratio is on average:
+    without it ratios lie below 1. With it and the factor std the exponent is mean z (mu - mu_rollout), z being the
+    step's noise, whose size no longer depends on the step's std. Dividing by the step's length -delta_sigma then
+    evens out the gradients of steps.
+    """
+    ratio_N = torch.exp((learner_logprob_N - rollout_logprob_N.detach() + bias_N) * std_N)
+    return _clipped_surrogate(ratio_N, adv_N, clip_range) / -delta_sigma, ratio_N
 
 
 def gaussian_kl(mean_NCHW: torch.Tensor, ref_mean_NCHW: torch.Tensor, std_N: torch.Tensor) -> torch.Tensor:
@@ -65,3 +85,7 @@ def norm_ratio(velocity_NCHW: torch.Tensor, ref_velocity_NCHW: torch.Tensor) -> 
     """|v| / |v_ref| per item, (N,): forward-process losses are known to inflate it. No gradient."""
     norm = velocity_NCHW.detach().flatten(1).norm(dim=1)
     return norm / ref_velocity_NCHW.detach().flatten(1).norm(dim=1).clamp_min(1e-12)
+
+
+def _clipped_surrogate(ratio_N: torch.Tensor, adv_N: torch.Tensor, clip_range: float) -> torch.Tensor:
+    return torch.maximum(-adv_N * ratio_N, -adv_N * ratio_N.clamp(1 - clip_range, 1 + clip_range))

@@ -232,7 +232,7 @@ class RunConfig(Config):
         elif self.eval.sampler is not None or self.eval.gammas:
             raise ValueError("eval.sampler and eval.gammas are for text models; pictures have eval.num_steps")
         if isinstance(self.algorithm, ImageAlgorithmConfig) and isinstance(self.sampler, ImageSamplerConfig):
-            check_image_run(self.algorithm, self.sampler, self.rollout.latents)
+            check_image_run(self.algorithm, self.sampler, self.rollout.latents, self.group_size)
 
     def _check_learner_division(self) -> None:
         shares = self.learner.updates_per_step * self.learner.num_ranks

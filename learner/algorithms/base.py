@@ -122,7 +122,8 @@ class ImageAlgorithmConfig(Config):
     adv_clip: float = Field(default=5.0, gt=0)
     """Largest advantage."""
     advantage_std: AdvantageStd = "global"
-    """Divide by the deviation of the whole step, or of each group; gdpo: each reward by its own group's, then weigh."""
+    """Divide by the deviation of the whole step, or of each group. per_reward: each reward by its own group's, then
+    weigh; gdpo: and divide by the whole step's after that."""
 
     @property
     def needs(self) -> Needs:
@@ -146,6 +147,9 @@ class ImageAlgorithmConfig(Config):
 
     def check_sampler(self, sampler: ImageSamplerConfig) -> None:
         """Raise ConfigError, with the remedy, for rollouts the method was not made for; takes all by default."""
+
+    def check_group_size(self, group_size: int) -> None:
+        """Raise ConfigError, with the remedy, for groups the method cannot credit; takes all by default."""
 
 
 def usable_steps(num_steps: int) -> int:
