@@ -99,6 +99,45 @@ def train_vae(vae: AutoencoderTiny, config: FlowTrainingConfig, batches: Batches
     return loss
 
 
+def train_decoder(
+    vae: AutoencoderTiny,
+    config: FlowTrainingConfig,
+    num_steps: int,
+    noise_std: float,
+    batches: Batches,
+    progress: OnProgress,
+) -> float:
+    """Trains the decoder alone, on latents with noise as a hurried sampler leaves it; returns the last loss.
+
+    The encoder stays, hence also the latents that the velocity model learns: the two trainings need not wait for
+    each other.
+    """
+    parameters = list(vae.decoder.requires_grad_(True).parameters())
+    draws = torch.Generator().manual_seed(int(np.random.default_rng((config.seed, 5)).integers(2**62)))
+    optimizer = torch.optim.Adam(parameters, lr=config.vae_lr)
+    backward = ShardedBackward(parameters, config.num_shards)
+    loss = math.nan
+    for step in range(num_steps):
+        warmup = min(1.0, (step + 1) / 50)
+        set_lr(optimizer, warmup * cosine(step / num_steps, config.vae_lr, config.vae_lr / 50))
+        images = next(batches)[1]
+        with torch.no_grad():
+            latents = encode_images(vae, images)
+        noisy = latents + noise_std * torch.randn(latents.shape, generator=draws)
+        shards = list(zip(noisy.chunk(config.num_shards), images.chunk(config.num_shards), strict=True))
+        loss = backward(lambda shard, shards=shards: picture_loss(vae, *shards[shard]))
+        optimizer.step()
+        report(progress, "decoder", step, num_steps, loss)
+    vae.requires_grad_(False)
+    return loss
+
+
+def picture_loss(vae: AutoencoderTiny, latents: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """How far the pictures of raw latents are from pictures B,3,H,W in [-1, 1]."""
+    errors = vae.decode(latents, return_dict=False)[0] - images
+    return errors.square().mean() + 0.2 * errors.abs().mean()
+
+
 def encode_images(vae: AutoencoderTiny, images: torch.Tensor) -> torch.Tensor:
     """Pictures B,3,H,W in [-1, 1] to raw latents B,C,H/4,W/4."""
     return vae.encode(images, return_dict=False)[0]
@@ -108,9 +147,8 @@ def vae_loss(vae: AutoencoderTiny, images: torch.Tensor, noise_seed: int) -> tor
     """Reconstruction of pictures B,3,H,W through noisy latents, plus the moment penalty."""
     latents = encode_images(vae, images)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(noise_seed))
-    errors = vae.decode(latents + 0.1 * noise, return_dict=False)[0] - images
     moments = latents.mean((0, 2, 3)).square().mean() + (latents.std((0, 2, 3)) - 1).square().mean()
-    return errors.square().mean() + 0.2 * errors.abs().mean() + 0.05 * moments
+    return picture_loss(vae, latents + 0.1 * noise, images) + 0.05 * moments
 
 
 def train_stage(

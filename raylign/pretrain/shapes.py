@@ -21,6 +21,7 @@ from raylign.pretrain.flow_training import (
     StageConfig,
     save,
     stack_pictures,
+    train_decoder,
     train_stage,
     train_vae,
 )
@@ -30,10 +31,12 @@ from raylign.pretrain.shape_prompts import CHARACTERS, PROMPT_WORDS, write_promp
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
 
-VAE_BATCH_SIZE, VAE_FLAWED_SHARE = 32, 0.3
+VAE_FLAWED_SHARE = 0.3
 """The VAE must be able to show what the scraped stage teaches."""
 MODEL = TinySD3Config(height=SIDE, width=SIDE, latent_channels=16, fine_decoder_blocks=1, max_prompt_tokens=12)
 """Corners of a few pixels need more latents and a sharper decoder than letters do."""
+DECODER_NOISE = 0.2
+"""On the latents, in their standard deviations, when the decoder is trained on alone."""
 
 
 class ShapesStage(StageConfig):
@@ -45,9 +48,11 @@ class ShapesStage(StageConfig):
 class ShapesConfig(FlowTrainingConfig):
     """Everything that decides the resulting weights; the defaults made the embedded model."""
 
+    batch_size: int = 32
+    decoder_steps: int = 2000
     model: TinySD3Config = MODEL
     stages: tuple[ShapesStage, ...] = (
-        ShapesStage(name="clean", num_steps=4000, lr=1e-3, lr_end=1e-4),
+        ShapesStage(name="clean", num_steps=2500, lr=1e-3, lr_end=1e-4),
         ShapesStage(name="scraped", num_steps=200, lr=5e-4, lr_end=3e-4, warmup_steps=20, flawed_share=0.6),
     )
 
@@ -58,8 +63,11 @@ def pretrain(out_dir: Path, config: ShapesConfig, on_progress: OnProgress | None
     torch.set_num_threads(1)  # see shards.py
     progress = on_progress or (lambda *_: None)
     pipe = build_tiny_sd3(PROMPT_WORDS, CHARACTERS, config.seed, config.model)
-    vae_batches = picture_batches((config.seed, 1), VAE_FLAWED_SHARE, VAE_BATCH_SIZE)
-    summary = {"vae_loss": train_vae(cast("AutoencoderTiny", pipe.vae), config, vae_batches, progress)}
+    vae_batches = picture_batches((config.seed, 1), VAE_FLAWED_SHARE, config.batch_size)
+    vae = cast("AutoencoderTiny", pipe.vae)
+    summary = {"vae_loss": train_vae(vae, config, vae_batches, progress)}
+    batches = picture_batches((config.seed, 4), VAE_FLAWED_SHARE, config.batch_size)
+    summary["decoder_loss"] = train_decoder(vae, config, config.decoder_steps, DECODER_NOISE, batches, progress)
     for index, stage in enumerate(config.stages):
         batches = picture_batches((config.seed, 2, index), stage.flawed_share, config.batch_size)
         summary[f"{stage.name}_loss"] = train_stage(pipe, config, stage, index, batches, progress)
