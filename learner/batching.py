@@ -48,8 +48,9 @@ class MicroBatch:
 
     item_N: index into the sampler's steps, on the CPU. valid_N: False for rows that only keep a chunk's shape.
     epoch: how often the step's samples were gone over before. reward_N: the mixed reward, 0 where there is none.
-    rows: where each picture stands among the step's groups, and `place` which of its items this is. states_NS1CHW and
-    rollout_logprob_NS are there when the algorithm needs STEPS and LOGPROBS, settled_NF (fp64) when it surveys.
+    rows: where each picture stands among the step's groups, and `place` which of its items this is. on_policy: the
+    weights have not changed since the step began. states_NS1CHW and rollout_logprob_NS are there when the algorithm
+    needs STEPS and LOGPROBS, settled_NF (fp64) when it surveys.
     """
 
     keys: tuple[SampleKey, ...]
@@ -62,6 +63,7 @@ class MicroBatch:
     reward_N: torch.Tensor
     rows: tuple[Row, ...] = ()
     place: int = 0
+    on_policy: bool = True
     states_NS1CHW: torch.Tensor | None = None
     rollout_logprob_NS: torch.Tensor | None = None
     settled_NF: torch.Tensor | None = None
@@ -150,11 +152,8 @@ class TrainBatch:
                 if not present:
                     continue
                 batch = everyone if len(present) == len(rows) else self.data.gather(present, self.epoch)
-                batch = replace(batch, item_N=items_NK[items_NK[:, k] != ABSENT, k])
-                if isinstance(batch, TokenBatch):
-                    yield replace(batch, on_policy=self.on_policy)
-                else:
-                    yield replace(batch, place=k)
+                batch = replace(batch, item_N=items_NK[items_NK[:, k] != ABSENT, k], on_policy=self.on_policy)
+                yield batch if isinstance(batch, TokenBatch) else replace(batch, place=k)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -19,11 +18,11 @@ from pydantic import Field
 
 from learner.advantages import credit_metrics
 from learner.algorithms import AlgorithmConfig, LossSetting, make_algorithm
-from learner.algorithms.base import SurveyedItems, Surveys
 from learner.batching import ABSENT, StepData, TrainBatch, cut
 from learner.parallel import GradientBucket, RankGroup
 from learner.policies import PolicySet, PolicyTensors, Relative, check_names, decay_towards
 from learner.state import LearnerState
+from learner.survey import surveyed_batches
 from learner.tally import MetricTally
 from raylign.config import Config
 from raylign.errors import CheckpointError, RewardError
@@ -57,8 +56,8 @@ class LearnerConfig(Config):
     updates_per_step: int = Field(default=1, ge=1)
     """Optimiser steps per pass over the step's samples; each takes its share of them."""
     epochs_per_step: int = Field(default=1, ge=1)
-    """Passes over each step's samples (the inner updates mu of the diffusion-LM papers): texts are noised anew in each,
-    pictures are not."""
+    """Passes over each step's samples (the inner updates mu of the diffusion-LM papers), with fresh noise in each where
+    the algorithm draws any."""
     budget_lr_scale: float = Field(default=50.0, gt=0)
     """The budget head's learning rate over `lr`; it has a gradient clip of its own."""
     micro_batch_size: int | None = Field(default=None, ge=1)
@@ -168,11 +167,7 @@ class Learner:
         batch = self._batches[update]
         self._bucket.zero()
         self._tally = MetricTally(("loss", *self.algorithm.metrics), self.policy.device)
-        settled = self._survey(batch)
-        for on_cpu in batch.micro_batches():
-            micro_batch = on_cpu.to(self.policy.device)
-            if settled is not None:
-                micro_batch = replace(micro_batch, settled_NF=_of_items(settled, micro_batch))
+        for micro_batch in surveyed_batches(self.algorithm, self.policies, batch, self._ranks):
             losses = self.algorithm.loss(self.policies, micro_batch)
             self._tally.add({"loss": losses.loss_N, **losses.metrics}, micro_batch.valid_N)
             # Rows that only keep a chunk's shape are left out by index: a product with 0 would let a NaN through.
@@ -296,26 +291,6 @@ class Learner:
         wanted = self.algorithm.rollout_policy
         return wanted if which == "rollout" and wanted != "current" else None
 
-    def _survey(self, batch: TrainBatch) -> torch.Tensor | None:
-        """The first pass of an algorithm that surveys: what it settled for every item of the update, (P, G, K, any)."""
-        algorithm = self.algorithm
-        if not isinstance(algorithm, Surveys):
-            return None
-        sizes = [*batch.data.sizes, algorithm.num_surveyed]
-        numbers, present = torch.zeros(sizes, dtype=torch.float64), torch.zeros(sizes[:3], dtype=torch.float64)
-        for on_cpu in batch.micro_batches():
-            with torch.no_grad():
-                found = algorithm.survey(self.policies, on_cpu.to(self.policy.device)).cpu()
-            for n, (row, valid) in enumerate(zip(on_cpu.rows, on_cpu.valid_N.tolist(), strict=True)):
-                if valid:
-                    numbers[row.group, row.sibling, on_cpu.place] = found[n]
-                    present[row.group, row.sibling, on_cpu.place] = 1
-        # Each item is one rank's, so the sum over ranks is every rank's table, whole.
-        for table in (numbers, present):
-            self._ranks.sum_(table)
-        adv_PG, reward_PG = batch.data.credit_tables()
-        return algorithm.settle(SurveyedItems(numbers, present > 0, adv_PG, reward_PG))
-
     def _adam_state(self, part: str) -> PolicyTensors:
         state = self._optimizer.state
         return {name: state[p][part] for name, p in self._parameters.items() if part in state.get(p, {})}
@@ -330,12 +305,6 @@ class Learner:
                 part: adam[part][name].clone() if part == "step" else adam[part][name].to(parameter.device, copy=True)
                 for part in _ADAM_STATE
             }
-
-
-def _of_items(table_PGKF: torch.Tensor, batch: Any) -> torch.Tensor:
-    """A table's rows for a micro-batch's items, (N, any), where the batch is."""
-    found = torch.stack([table_PGKF[row.group, row.sibling, batch.place] for row in batch.rows])
-    return found.to(batch.final_NCHW.device)
 
 
 def _prefixed(section: str, tensors: PolicyTensors) -> PolicyTensors:

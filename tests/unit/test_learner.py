@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from learner.algorithms import AlgorithmConfig
 from learner.algorithms.flow_grpo import FlowGrpoConfig
-from learner.algorithms.nft import NftConfig, OldDecay
+from learner.algorithms.nft import NftConfig
+from learner.decay import DecaySchedule
 from learner.learner import Learner, LearnerConfig
 from learner.policies import clone_tensors
 from learner.state import LearnerState, policy_tensors
@@ -20,7 +21,7 @@ from raylign.models import load_policy
 from raylign.types import RolloutGroup
 from tests.tiny_models import RUN_SEED, ToyPolicy, by_sibling, draw_groups, euler, flow_sde, sd3_config, train_step
 
-NFT = NftConfig(old_decay=OldDecay(slope=0.1))
+NFT = NftConfig(old_decay=DecaySchedule(slope=0.1))
 GRPO = FlowGrpoConfig()
 ALGORITHMS = pytest.mark.parametrize("algorithm", [NFT, GRPO], ids=["nft", "flow_grpo"])
 
@@ -182,10 +183,10 @@ def test_the_old_policy_follows_once_per_step_by_the_schedule() -> None:
 
 
 def test_old_decay_schedules() -> None:
-    default, ocr = OldDecay(), OldDecay(start=75, slope=0.0075, end=0.999)
+    default, ocr = DecaySchedule(), DecaySchedule(start=75, slope=0.0075, end=0.999)
     assert [default.at(s) for s in (0, 1, 100, 500, 9999)] == pytest.approx([0, 0.001, 0.1, 0.5, 0.5])
     assert [ocr.at(s) for s in (0, 75, 76, 175, 9999)] == pytest.approx([0, 0, 0.0075, 0.75, 0.999])
-    assert OldDecay(start=3, start_value=0.2, slope=0.1, end=0.9).at(1) == 0.2
+    assert DecaySchedule(start=3, start_value=0.2, slope=0.1, end=0.9).at(1) == 0.2
 
 
 def test_nft_publishes_its_old_policy_and_flow_grpo_its_current_one() -> None:
