@@ -94,8 +94,8 @@ class Rows:
     def evaluated(self, step: int, groups: Sequence[Any]) -> None:
         """Nothing is evaluated here."""
 
-    def swept(self, step: int, sweeps: Mapping[float, Any]) -> None:
-        """Pictures have no budgets to sweep."""
+    def swept(self, step: int, sweeps: Mapping[Any, Any]) -> None:
+        """Nothing is repeated here."""
 
 
 def measure_one(entry: Mapping[str, Any], folder: Path, num_steps: int) -> dict[str, Any]:

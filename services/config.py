@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -32,6 +32,7 @@ from raylign.types import Needs
 from rewards import RewardUnion
 from rewards.ocr import OcrConfig
 from rollout.datasets import PromptFields
+from rollout.drawn import AS_CONFIGURED, EvalPoint
 from services.image_checks import check_image_run
 from services.reward_config import ServiceConfig
 from services.text_checks import check_text_run
@@ -99,6 +100,10 @@ class EvalConfig(Config):
     """How texts are drawn; as in rollouts when not given."""
     gammas: tuple[float, ...] = ()
     """Entropy budgets at which the first and the last evaluation are repeated: the accuracy-calls frontier."""
+    etas: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Stochasticities at which every evaluation of pictures is repeated: the reward gap to the ODE, which is 0."""
+    eta_steps: tuple[Annotated[int, Field(ge=2)], ...] = ()
+    """Denoising steps of those repeats, the ODE with as many among them; the evaluation's own when not given."""
 
 
 class RunServiceConfig(ServiceConfig):
@@ -181,6 +186,23 @@ class RunConfig(Config):
             return 0.05
         return 1e-3 if self.model.tuning == "lora" and self.fold_lora else 1e-5
 
+    @property
+    def eval_points(self) -> tuple[EvalPoint, ...]:
+        """Where evaluations are repeated: texts at each entropy budget, pictures at each stochasticity above 0 and, in
+        other numbers of steps than the evaluation's, by the ODE."""
+        if self.modality == "text":
+            return tuple(EvalPoint(gamma=gamma) for gamma in self.eval.gammas)
+        points: list[EvalPoint] = []
+        for steps in self.eval.eta_steps or (self._eval_steps,):
+            changed = None if steps == self._eval_steps else steps
+            points += [EvalPoint(eta=eta or None, num_steps=changed) for eta in (0.0, *self.eval.etas)]
+        return tuple(dict.fromkeys(point for point in points if point != AS_CONFIGURED))
+
+    @property
+    def _eval_steps(self) -> int:
+        """Denoising steps of an evaluation of pictures."""
+        return self.eval.num_steps or getattr(self.sampler, "num_steps", 1)
+
     @model_validator(mode="after")
     def _refuse_impossible_pairs(self) -> RunConfig:
         self._check_modality()
@@ -231,8 +253,18 @@ class RunConfig(Config):
             )
         elif self.eval.sampler is not None or self.eval.gammas:
             raise ValueError("eval.sampler and eval.gammas are for text models; pictures have eval.num_steps")
+        self._check_stochasticities()
         if isinstance(self.algorithm, ImageAlgorithmConfig) and isinstance(self.sampler, ImageSamplerConfig):
             check_image_run(self.algorithm, self.sampler, self.rollout.latents, self.group_size)
+
+    def _check_stochasticities(self) -> None:
+        if self.modality == "text" and (self.eval.etas or self.eval.eta_steps):
+            raise ValueError("eval.etas and eval.eta_steps are for pictures; texts have eval.gammas")
+        if self.modality == "image" and self.eval.etas and not self.eval.eta_steps and self._eval_steps < 2:
+            raise ValueError(
+                "eval.etas need at least 2 denoising steps, as the last one adds no noise, and evaluations take "
+                f"{self._eval_steps}; raise eval.num_steps, or name others in eval.eta_steps"
+            )
 
     def _check_learner_division(self) -> None:
         shares = self.learner.updates_per_step * self.learner.num_ranks

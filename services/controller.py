@@ -22,7 +22,8 @@ from typing import Any, Protocol
 from raylign.errors import CheckpointError, NumericsError, RaylignError, RewardError, StalenessError
 from raylign.types import RolloutGroup, StepResult, WeightVersion
 from rollout.buffer import TicketBuffer
-from rollout.engine import ChunkRequest, EvalPoint, chunk_requests, join_parts
+from rollout.drawn import AS_CONFIGURED, EvalPoint
+from rollout.engine import ChunkRequest, chunk_requests, join_parts
 from rollout.prompts import GroupTask, PromptStream
 from services.config import RunConfig
 from services.parity import parity_gap
@@ -38,8 +39,8 @@ class Observer(Protocol):
 
     def evaluated(self, step: int, groups: Sequence[RolloutGroup]) -> None: ...
 
-    def swept(self, step: int, sweeps: Mapping[float, Sequence[RolloutGroup]]) -> None:
-        """Held-out groups by the entropy budget that they were drawn with."""
+    def swept(self, step: int, sweeps: Mapping[EvalPoint, Sequence[RolloutGroup]]) -> None:
+        """Held-out groups by the point they were drawn at; AS_CONFIGURED is the evaluation itself."""
         ...
 
 
@@ -127,7 +128,7 @@ class Controller:
     async def evaluate(self, step: int) -> None:
         """Draw the held-out prompts with the current policy, score them, and tell the observer.
 
-        The first and the last evaluation are repeated at each of `eval.gammas`.
+        Evaluations of pictures, and the first and the last of texts, are repeated at each of `eval_points`.
         """
         samples = self._config.eval.samples_per_prompt
         chunk = max(samples, self._config.chunk_size // samples * samples)
@@ -137,13 +138,12 @@ class Controller:
         groups = await self._make_groups(requests, evaluation=True)
         self._check_failures(groups, f"evaluation at step {step}")
         self._observer.evaluated(step, groups)
-        if self._config.eval.gammas and step in (0, self._config.num_steps):
-            sweeps = {
-                gamma: await self._make_groups(
-                    [replace(one, point=EvalPoint(gamma=gamma)) for one in requests], evaluation=True
-                )
-                for gamma in self._config.eval.gammas
-            }
+        points = self._config.eval_points
+        if points and (self._config.modality == "image" or step in (0, self._config.num_steps)):
+            sweeps = {AS_CONFIGURED: groups}
+            for point in points:
+                there = [replace(request, point=point) for request in requests]
+                sweeps[point] = await self._make_groups(there, evaluation=True)
             self._observer.swept(step, sweeps)
 
     async def _produce(self, start_step: int) -> None:

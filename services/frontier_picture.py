@@ -1,7 +1,4 @@
-"""The frontier as a picture: accuracy over calls, one curve per set of weights, operating points as stars. PIL only.
-
-It is drawn at twice its size and reduced, so that lines are smooth; pictures.py has the colours and the font.
-"""
+"""The frontier as a picture: accuracy over calls, one curve per set of weights, operating points as stars."""
 
 from __future__ import annotations
 
@@ -11,15 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw
 
 from services.charts import PALETTE, ticks
 from services.frontier import FrontierPoint, Quality
 from services.pictures import FAINT, FRAME, INK, PAPER, Colour, fit, typeface
+from services.sheet import GREY, Sheet, rgb
 
 WIDTH, HEIGHT = 1240, 720
-_FINE = 2
-"""Pixels drawn per pixel shown, each way."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 96, 344, 104, 84
 _LOG_FROM = 4.0
 """Calls are on a logarithmic axis where the most are this many times the fewest."""
@@ -30,7 +25,6 @@ _PIECE = 6
 """Pixels of a line that a label avoids at a time."""
 _SPOTS = ((0, -18), (0, 18), (1, -11), (-1, -11), (1, 11), (-1, 11), (1, 0), (-1, 0), (0, -24), (0, 24))
 """Where a label may lie about its point: widths across, pixels down."""
-_GREY: Colour = (138, 146, 160)
 
 Box = tuple[float, float, float, float]
 
@@ -48,34 +42,11 @@ class Curve:
 
 
 @dataclass(slots=True)
-class _Sheet:
-    """A canvas with coordinates in pixels shown, and where labels must not lie, or rather not."""
+class _Sheet(Sheet):
+    """A sheet that knows where labels must not lie, or rather not."""
 
-    image: Image.Image
-    draw: ImageDraw.ImageDraw
     taken: list[Box] = field(default_factory=list[Box])
     crossed: list[Box] = field(default_factory=list[Box])
-
-    @classmethod
-    def blank(cls) -> _Sheet:
-        image = Image.new("RGB", (WIDTH * _FINE, HEIGHT * _FINE), PAPER)
-        return cls(image, ImageDraw.Draw(image))
-
-    def line(self, points: Sequence[tuple[float, float]], colour: Colour, width: float) -> None:
-        scaled = [(x * _FINE, y * _FINE) for x, y in points]
-        self.draw.line(scaled, colour, round(width * _FINE), joint="curve")
-
-    def polygon(self, points: Sequence[tuple[float, float]], fill: Colour) -> None:
-        self.draw.polygon([(x * _FINE, y * _FINE) for x, y in points], fill)
-
-    def dot(self, x: float, y: float, radius: float, fill: Colour) -> None:
-        self.draw.circle((x * _FINE, y * _FINE), radius * _FINE, fill, PAPER, 2 * _FINE)
-
-    def text(self, x: float, y: float, text: str, colour: Colour, size: int, anchor: str = "lm") -> None:
-        self.draw.text((x * _FINE, y * _FINE), text, colour, typeface(size * _FINE), anchor=anchor)
-
-    def reduced(self) -> np.ndarray:
-        return np.asarray(self.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS))
 
 
 class Axes:
@@ -114,7 +85,7 @@ def draw_frontier(
     everything = [point for curve in curves for point in _all_points(curve)]
     if not everything:
         raise ValueError("draw_frontier needs at least one point, got none")
-    sheet, axes = _Sheet.blank(), Axes(everything)
+    sheet, axes = _Sheet.blank(WIDTH, HEIGHT), Axes(everything)
     _draw_axes(sheet, axes, quality, title)
     colours = _colours(curves)
     for curve, colour in zip(curves, colours, strict=True):
@@ -232,12 +203,7 @@ def _all_points(curve: Curve) -> list[FrontierPoint]:
 def _colours(curves: Sequence[Curve]) -> list[Colour]:
     """Grey for the base, the palette in order for the others."""
     palette = itertools.cycle(PALETTE)
-    return [_GREY if curve.base else _rgb(next(palette)) for curve in curves]
-
-
-def _rgb(colour: str) -> Colour:
-    red, green, blue = ImageColor.getrgb(colour)[:3]
-    return red, green, blue
+    return [GREY if curve.base else rgb(next(palette)) for curve in curves]
 
 
 def _pale(colour: Colour) -> Colour:

@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: metrics, samples, before beside after, the frontier, the screen."""
+"""What a run leaves behind for people: metrics, samples, before beside after, sweeps, the screen."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import numpy as np
 
 from raylign.metrics import MetricsSink
 from raylign.types import Rollout, RolloutGroup
+from rollout.drawn import AS_CONFIGURED, EvalPoint
 from services.console import RunConsole
-from services.frontier import FrontierPoint, FrontierSeries, frontier_json, measure, quality_of, read_frontier
+from services.frontier import FrontierSeries, frontier_json, measure, quality_of, read_frontier
 from services.frontier_picture import Curve, draw_frontier
 from services.headlines import headline_means, is_metric
 from services.pictures import BeforeAfterRow, Caption, before_after, grid, save_png
+from services.reward_gap import gap_metrics, gap_points, gaps_json, read_gaps
+from services.reward_gap_picture import draw_panels, run_panels
 from services.run_dir import RunDir, write_atomic
 from services.step_metrics import eval_metrics
 from services.text_samples import GOOD_REWARD, as_text, before_after_json, example, shown_prompts, to_json
@@ -43,7 +46,6 @@ class RunObserver:
         self._started_s = time.monotonic() - seconds_before
         self.first_eval: dict[str, float] = {}
         self.last_eval: dict[str, float] = {}
-        self._own: FrontierPoint | None = None
 
     @property
     def seconds(self) -> float:
@@ -62,27 +64,48 @@ class RunObserver:
         self._sinks.log(step, {**metrics, "time/since_start_s": self.seconds})
         self._console.evaluated(step, metrics)
         if any(group.texts is not None for group in groups):
-            self._own = measure(groups, quality_of(groups))
             self._show_texts(step, groups[:_SHOWN_PROMPTS])
         else:
             self._show_pictures(step, groups[:_SHOWN_PROMPTS])
 
-    def swept(self, step: int, sweeps: Mapping[float, Sequence[RolloutGroup]]) -> None:
-        """Held-out texts by entropy budget: a curve of the frontier, beside the operating point evaluated before."""
+    def swept(self, step: int, sweeps: Mapping[EvalPoint, Sequence[RolloutGroup]]) -> None:
+        """Held-out groups by point: texts become a curve of the frontier, pictures the reward gap."""
+        if any(group.texts is not None for groups in sweeps.values() for group in groups):
+            self._show_frontier(step, sweeps)
+        else:
+            self._show_gaps(step, sweeps)
+
+    def _show_frontier(self, step: int, sweeps: Mapping[EvalPoint, Sequence[RolloutGroup]]) -> None:
+        """A curve over entropy budgets, and the run's own operating point beside it."""
         quality = quality_of([group for groups in sweeps.values() for group in groups])
-        points = [measure(groups, quality, gamma) for gamma, groups in sorted(sweeps.items())]
+        swept = sorted((point.gamma, groups) for point, groups in sweeps.items() if point.gamma is not None)
+        points = [measure(groups, quality, gamma) for gamma, groups in swept]
         measured = tuple(point for point in points if point is not None)
         if not measured:
             return
         path = self._run.samples / "frontier.json"
         _, series = read_frontier(path)
-        series["after" if step else "before"] = FrontierSeries(step, measured, self._own)
+        own = measure(sweeps.get(AS_CONFIGURED, ()), quality)
+        series["after" if step else "before"] = FrontierSeries(step, measured, own)
         write_atomic(path, frontier_json(quality, series))
         names = {"before": "before training", "after": f"after step {step}"}
         curves = [Curve(names[name], one.points, one.own, base=name == "before") for name, one in series.items()]
         picture = draw_frontier(curves, quality)
         save_png(self._run.samples / "frontier.png", picture)
         self._sinks.images(step, "frontier", picture)
+
+    def _show_gaps(self, step: int, sweeps: Mapping[EvalPoint, Sequence[RolloutGroup]]) -> None:
+        """Noisy minus noiseless reward as metrics, and its series so far as a file and a picture."""
+        measured = gap_points(step, sweeps)
+        self._sinks.log(step, {**gap_metrics(sweeps, measured), "time/since_start_s": self.seconds})
+        path = self._run.samples / "reward_gap.json"
+        # A resumed run makes evaluations after its checkpoint again.
+        points = [*(point for point in read_gaps(path) if point.step < step), *measured.values()]
+        if points:
+            write_atomic(path, gaps_json(points))
+            picture = draw_panels("Reward gap between noisy and noiseless samples", run_panels(points))
+            save_png(self._run.samples / "reward_gap.png", picture)
+            self._sinks.images(step, "reward_gap", picture)
 
     def _show_texts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         """The step's answers as a file to read, and the first evaluation's beside them."""

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from raylign.config import parse_config
-from raylign.errors import CheckpointError, NumericsError, RewardError, StalenessError
+from raylign.errors import CheckpointError, ConfigError, NumericsError, RewardError, StalenessError
 from raylign.types import Prompt, RewardSample, RolloutGroup, RolloutStatus, StepResult
+from rollout.drawn import AS_CONFIGURED, EvalPoint
 from rollout.prompts import GroupTask, PromptStream
 from services.config import RunConfig
 from services.controller import Controller, check_age
@@ -25,7 +26,7 @@ class Recorder:
     def __init__(self) -> None:
         self.steps: list[tuple[int, dict[str, float]]] = []
         self.evaluations: list[int] = []
-        self.sweeps: list[tuple[int, dict[float, int]]] = []
+        self.sweeps: list[tuple[int, dict[EvalPoint, int]]] = []
 
     def stepped(self, step: int, metrics: Mapping[str, float], groups: Sequence[RolloutGroup]) -> None:
         self.steps.append((step, dict(metrics)))
@@ -33,8 +34,8 @@ class Recorder:
     def evaluated(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         self.evaluations.append(step)
 
-    def swept(self, step: int, sweeps: Mapping[float, Sequence[RolloutGroup]]) -> None:
-        self.sweeps.append((step, {gamma: len(groups) for gamma, groups in sweeps.items()}))
+    def swept(self, step: int, sweeps: Mapping[EvalPoint, Sequence[RolloutGroup]]) -> None:
+        self.sweeps.append((step, {point: len(groups) for point, groups in sweeps.items()}))
 
 
 class Run:
@@ -280,9 +281,54 @@ def test_the_first_and_the_last_evaluation_are_repeated_at_each_budget() -> None
     }
     run = Run(num_steps=4, settings=text).go()
     assert run.recorder.evaluations == [0, 2, 4]
-    assert run.recorder.sweeps == [(0, {0.1: 1, 1.0: 1}), (4, {0.1: 1, 1.0: 1})]
+    sweep = {AS_CONFIGURED: 1, EvalPoint(gamma=0.1): 1, EvalPoint(gamma=1.0): 1}
+    assert run.recorder.sweeps == [(0, sweep), (4, sweep)]
     assert [request.point.gamma for request in run.fleet.requests if request.slot == "eval"] == [
         *(None, 0.1, 1.0),
         *(None,),
         *(None, 0.1, 1.0),
     ]
+
+
+def test_every_evaluation_of_pictures_is_repeated_at_each_stochasticity() -> None:
+    run = Run(num_steps=4, eval={"every_steps": 2, "etas": [0.0, 0.5, 1.5]}).go()
+    noisy = [EvalPoint(eta=0.5), EvalPoint(eta=1.5)]
+    drawn = [request for request in run.fleet.requests if request.slot == "eval"]
+    assert [request.point for request in drawn] == [AS_CONFIGURED, *noisy] * 3, "the ODE is the evaluation itself"
+    assert all(request.tasks == drawn[0].tasks for request in drawn), "the same keys every time"
+    assert run.recorder.sweeps == [(step, dict.fromkeys([AS_CONFIGURED, *noisy], 1)) for step in (0, 2, 4)]
+
+
+def test_other_numbers_of_steps_bring_an_ode_of_as_many() -> None:
+    config = {"num_steps": 1, "sampler": {"num_steps": 6}, "eval": {"etas": [1.0], "eta_steps": [6, 12]}}
+    run = Run(settings=config).go()
+    assert [step for step, _ in run.recorder.sweeps] == [0, 1]
+    assert list(run.recorder.sweeps[0][1]) == [
+        AS_CONFIGURED,
+        EvalPoint(eta=1.0),
+        EvalPoint(num_steps=12),
+        EvalPoint(eta=1.0, num_steps=12),
+    ]
+
+
+def test_nothing_is_repeated_unless_asked_for() -> None:
+    assert Run(num_steps=1).go().recorder.sweeps == []
+    assert Run(num_steps=1, eval={"etas": [0]}).go().recorder.sweeps == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eval": {"etas": [-0.5]}}, r"eval.etas.0: Input should be greater than or equal to 0 .got -0.5"),
+        ({"eval": {"etas": [1.0], "num_steps": 1}}, r"eval.etas need at least 2 denoising steps.*raise eval.num_steps"),
+        ({"eval": {"eta_steps": [1]}}, r"eval.eta_steps.0: Input should be greater than or equal to 2"),
+        (
+            {"model": {"type": "tiny_text"}, "sampler": {"type": "low_confidence"}, "algorithm": {"type": "d1"}}
+            | {"eval": {"etas": [1.0]}},
+            "eval.etas and eval.eta_steps are for pictures; texts have eval.gammas",
+        ),
+    ],
+)
+def test_a_stochasticity_that_cannot_be_drawn_is_refused_before_the_run(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(RunConfig, settings, "test")
