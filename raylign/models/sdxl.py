@@ -49,8 +49,9 @@ def _velocity(
 ) -> torch.Tensor:
     config, dtype = policy.config, policy.network.dtype
     size = (config.height, config.width)
-    ids = torch.tensor([[*(config.original_size or size), *config.crop, *size]], device=state_BCHW.device, dtype=torch.float32)
-    added = {"text_embeds": conditioning.need_pooled().to(dtype), "time_ids": ids.expand(len(state_BCHW), -1)}
+    sizes = [float(one) for one in (*(config.original_size or size), *config.crop, *size)]
+    ids_B6 = torch.tensor([sizes] * len(state_BCHW), device=state_BCHW.device)
+    added = {"text_embeds": conditioning.need_pooled().to(dtype), "time_ids": ids_B6}
     return unet_velocity(policy, state_BCHW, sigma_B, conditioning, added)
 
 

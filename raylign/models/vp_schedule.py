@@ -19,7 +19,7 @@ start short of pure noise, and where `set_alpha_to_one` is false they end at the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -32,7 +32,20 @@ Prediction = Literal["epsilon", "v_prediction"]
 Spacing = Literal["leading", "trailing", "linspace"]
 SNAP = 2e-3
 """Timesteps this near to a whole one are it: a level in fp32 is off by 1e-4 of a timestep at most."""
-_OTHER_PROCESSES = ("FlowMatch", "EDM")
+# Those of diffusers that know the process by the same keys.
+_SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "PNDMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,15 +126,14 @@ def read_vp_schedule(config: Mapping[str, Any]) -> VpSchedule:
 
     Raises ModelError for another noise process, or a prediction that has no velocity.
     """
-    name = str(config.get("_class_name", ""))
-    if name.startswith(_OTHER_PROCESSES):
-        raise ModelError(f"{name} is no schedule of a variance-preserving model; choose the [model] type that fits it")
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in get_args(Prediction):
-        raise ModelError(f"prediction_type {prediction!r} is not one of {', '.join(get_args(Prediction))}")
-    spacing = config.get("timestep_spacing", "leading")
-    if spacing not in get_args(Spacing):
-        raise ModelError(f"timestep_spacing {spacing!r} is not one of {', '.join(get_args(Spacing))}")
+    if config.get("_class_name") not in _SCHEDULERS:
+        raise ModelError(
+            f"the scheduler is a {config.get('_class_name')}, of another noise process than this model's; save the "
+            "pipeline with a DDIMScheduler, or choose the [model] type that fits it"
+        )
+    prediction, spacing = config.get("prediction_type", "epsilon"), config.get("timestep_spacing", "leading")
+    _need_one_of("prediction_type", prediction, get_args(Prediction))
+    _need_one_of("timestep_spacing", spacing, get_args(Spacing))
     signal = np.sqrt(np.cumprod(1 - _betas(config)))
     if config.get("rescale_betas_zero_snr", False):
         # 2305.08891, algorithm 1.
@@ -144,15 +156,19 @@ def _betas(config: Mapping[str, Any]) -> np.ndarray:
     total = int(config.get("num_train_timesteps", 1000))
     start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
     kind = config.get("beta_schedule", "linear")
+    _need_one_of("beta_schedule", kind, ("linear", "scaled_linear", "squaredcos_cap_v2"))
     if kind == "linear":
         return np.linspace(start, end, total)
     if kind == "scaled_linear":
         return np.linspace(math.sqrt(start), math.sqrt(end), total) ** 2
-    if kind == "squaredcos_cap_v2":
-        # 2102.09672, section 3.2; the last betas are capped.
-        kept = np.cos((np.arange(total + 1) / total + 0.008) / 1.008 * math.pi / 2) ** 2
-        return np.minimum(1 - kept[1:] / kept[:-1], 0.999)
-    raise ModelError(f"beta_schedule {kind!r} is not one of linear, scaled_linear, squaredcos_cap_v2")
+    # 2102.09672, section 3.2; the last betas are capped.
+    kept = np.cos((np.arange(total + 1) / total + 0.008) / 1.008 * math.pi / 2) ** 2
+    return np.minimum(1 - kept[1:] / kept[:-1], 0.999)
+
+
+def _need_one_of(key: str, value: object, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ModelError(f"the scheduler's {key} {value!r} is not one of {', '.join(known)}")
 
 
 def _column(sigma_B: torch.Tensor) -> torch.Tensor:
