@@ -71,6 +71,7 @@ def score_step(
 ) -> StepScores:
     """Score the one step that a micro-batch holds, also by the reference and the old policy where `needs` has them.
 
+    The old policy is that of the learner step's beginning, and is not asked while the weights are still its own.
     Raises ShapeError for a batch of several steps, without states and log-probs, or at a step without a density.
     """
     if batch.states_NS1CHW is None or batch.rollout_logprob_NS is None:
@@ -88,8 +89,11 @@ def score_step(
 
     # Relatives first: the current policy's graph reads the parameters they are swapped into.
     ref = guess(policies.velocity_of("reference", *inputs)) if Needs.REFERENCE in needs else None
-    old = guess(policies.velocity_of("old", *inputs)) if Needs.OLD in needs else None
+    moved = Needs.OLD in needs and not batch.on_policy
+    old = guess(policies.velocity_of("old", *inputs)) if moved else None
     learner = guess(policies.velocity(*inputs))
+    if Needs.OLD in needs and old is None:
+        old = guess(learner.velocity_NCHW.detach())
     logprob_N = learner.transition.logprob(next_state)
     return StepScores(learner, logprob_N, batch.rollout_logprob_NS[:, step], following - sigma, ref, old)
 

@@ -9,8 +9,9 @@ small, so that a clip range holds back one side only. With mu_old the mean under
 std = S_t sqrt(-dt) is the noise that the step adds. The code takes batch means of both factors, here all samples of a
 micro-batch are at one step, so they are the same numbers.
 
-Deviation: the code stores mu_old of every step, as large as the states. Here the policy of the step's beginning (which
-is the rollouts' with `max_staleness = 0`) is asked again: one more forward per trained step, without gradient.
+Deviation: the code stores mu_old of every step, as large as the states. Here mu_old is what the policy of the learner
+step's beginning says, which is the rollouts' with `max_staleness = 0`: one more forward per trained step, without
+gradient, from a learner step's second update on.
 """
 
 from __future__ import annotations
