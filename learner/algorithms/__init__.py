@@ -14,18 +14,13 @@ from learner.algorithms.crd import Crd, CrdConfig
 from learner.algorithms.d1 import D1, D1Config
 from learner.algorithms.dance_grpo import DanceGrpo, DanceGrpoConfig
 from learner.algorithms.ddpo import Ddpo, DdpoConfig
-from learner.algorithms.dance_grpo import DanceGrpo, DanceGrpoConfig
-from learner.algorithms.ddpo import Ddpo, DdpoConfig
 from learner.algorithms.diffpo import Diffpo, DiffpoConfig
 from learner.algorithms.espo import Espo, EspoConfig
 from learner.algorithms.flow_grpo import FlowGrpo, FlowGrpoConfig
 from learner.algorithms.flow_grpo_fast import FlowGrpoFast, FlowGrpoFastConfig
-from learner.algorithms.flow_grpo_fast import FlowGrpoFast, FlowGrpoFastConfig
 from learner.algorithms.gdpo import Gdpo, GdpoConfig
 from learner.algorithms.grpo_guard import GrpoGuard, GrpoGuardConfig
-from learner.algorithms.grpo_guard import GrpoGuard, GrpoGuardConfig
 from learner.algorithms.just_grpo import JustGrpo, JustGrpoConfig
-from learner.algorithms.mix_grpo import MixGrpo, MixGrpoConfig
 from learner.algorithms.mix_grpo import MixGrpo, MixGrpoConfig
 from learner.algorithms.nft import Nft, NftConfig
 from learner.algorithms.spg import Spg, SpgConfig
@@ -38,11 +33,6 @@ AlgorithmUnion = (
     | CrdConfig
     | AwmConfig
     | FlowGrpoConfig
-    | FlowGrpoFastConfig
-    | GrpoGuardConfig
-    | MixGrpoConfig
-    | DanceGrpoConfig
-    | DdpoConfig
     | FlowGrpoFastConfig
     | GrpoGuardConfig
     | MixGrpoConfig
@@ -66,11 +56,6 @@ IMAGE_ALGORITHMS = {
     CrdConfig: Crd,
     AwmConfig: Awm,
     FlowGrpoConfig: FlowGrpo,
-    FlowGrpoFastConfig: FlowGrpoFast,
-    GrpoGuardConfig: GrpoGuard,
-    MixGrpoConfig: MixGrpo,
-    DanceGrpoConfig: DanceGrpo,
-    DdpoConfig: Ddpo,
     FlowGrpoFastConfig: FlowGrpoFast,
     GrpoGuardConfig: GrpoGuard,
     MixGrpoConfig: MixGrpo,
