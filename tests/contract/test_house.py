@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from learner.algorithms import IMAGE_ALGORITHMS
 from raylign.config import load_config
 from services.config import RunConfig, load_run_config
 from services.reward_config import RewardServerConfig
@@ -20,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("raylign", "learner", "rollout", "rewards", "services")
 SOURCES = sorted(path for name in (*PACKAGES, "benchmarks", "tests") for path in (ROOT / name).rglob("*.py"))
 RUN_CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.toml") if not path.name.startswith("rewards_"))
+PRESETS = sorted((ROOT / "configs" / "presets").glob("*.toml"))
+PICTURE_TASKS = ("quickstart_image", "quickstart_shapes")
 REWARD_CONFIGS = sorted((ROOT / "configs").glob("rewards_*.toml"))
 
 MAX_FILE_LINES = 700
@@ -74,6 +77,17 @@ def test_a_package_works_without_ray(package: str) -> None:
 @pytest.mark.parametrize("path", RUN_CONFIGS, ids=_name)
 def test_a_run_configuration_parses(path: Path) -> None:
     assert isinstance(load_run_config(str(path)), RunConfig)
+
+
+@pytest.mark.parametrize("task", PICTURE_TASKS)
+@pytest.mark.parametrize("path", PRESETS, ids=_name)
+def test_a_preset_fits_every_picture_task(path: Path, task: str) -> None:
+    assert load_run_config([task, str(path)]).algorithm.type == path.stem
+
+
+def test_every_picture_algorithm_has_a_preset() -> None:
+    types = [config.model_fields["type"].default for config in IMAGE_ALGORITHMS]
+    assert sorted(types) == [path.stem for path in PRESETS]
 
 
 @pytest.mark.parametrize("path", REWARD_CONFIGS, ids=_name)

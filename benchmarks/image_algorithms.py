@@ -1,0 +1,301 @@
+"""Every algorithm for pictures on both embedded tasks: what it reaches, in how many seconds and samples, and its price.
+
+    python benchmarks/image_algorithms.py --seeds 3 --steps 20 --json docs/benchmarks/image_algorithms.json
+
+trains each algorithm with its shipped preset (`raylign train quickstart_glyphs|shapes PRESET`) from the same base
+models, the same prompts and the same number of samples per step, in one process with one thread, `--jobs` runs at a
+time, and prints one JSON object per run: held-out reward (Euler ODE, no guidance), held-out metrics that nobody trains
+on, diversity, all along the run; samples and seconds to a fixed reward; reward at equal seconds; and drift, the mean
+squared difference between the trained and the base model's velocities. `crd_free` is CRD without its KL anchor.
+
+`--plot FILE.png` draws the curves, `--table FILE.md` writes the summary. Runs that lie in `--folder` are not repeated.
+Differences within the seeds' spread are none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learner.checkpoint import list_checkpoints, load_checkpoint
+from learner.state import policy_tensors
+from raylign.assets import resolve
+from raylign.keys import normal, sample_generators
+from raylign.models import DenoisingPolicy, load_policy
+from raylign.models.base import join_conditioning
+from raylign.types import SampleKey
+from rollout.prompts import load_prompts
+from services.config import read_resolved_config
+
+ROOT = Path(__file__).parents[1]
+ALGORITHMS = (
+    *("nft", "awm", "crd", "crd_free"),
+    *("flow_grpo", "flow_grpo_fast", "grpo_guard", "mix_grpo", "dance_grpo", "ddpo"),
+)
+VARIANTS: Mapping[str, tuple[str, Sequence[str]]] = {"crd_free": ("crd", ("--algorithm.kl_weight", "0.0"))}
+"""Presets with a change."""
+TASKS: Mapping[str, str] = {"glyphs": "quickstart_image", "shapes": "quickstart_shapes"}
+WANTED: Mapping[str, float] = {"glyphs": 0.8, "shapes": 0.65}
+"""The fixed reward that runs are raced to."""
+SAMPLES_PER_STEP = 96
+DRIFT_SIGMAS = (0.9, 0.7, 0.5, 0.3, 0.1)
+DRIFT_PROMPTS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run."""
+
+    algorithm: str
+    task: str
+    seed: int
+
+
+def train(job: Job, options: argparse.Namespace) -> Path:
+    """Train once, as a person would; returns the run's folder. A run that is there already is kept."""
+    run_dir = options.folder / f"{job.task}-{job.algorithm}-{job.seed}"
+    summary = run_dir / "summary.json"
+    if summary.is_file() and json.loads(summary.read_text())["status"] == "finished":
+        return run_dir
+    preset, changes = VARIANTS.get(job.algorithm, (job.algorithm, ()))
+    command = [sys.executable, "-m", "services.cli", "train", TASKS[job.task], preset, "--run-dir", str(run_dir)]
+    command += ["--seed", str(job.seed), "--num_steps", str(options.steps), "--placement", "in_process"]
+    command += ["--eval.every_steps", str(options.every), "--eval.samples_per_prompt", "2"]
+    command += ["--checkpoint.every_steps", str(options.every), "--checkpoint.keep", "99", *changes]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, check=False, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{job} failed:\n{done.stdout[-3000:]}")
+    print(f"{datetime.now(UTC):%H:%M:%S} {job} done", file=sys.stderr, flush=True)
+    return run_dir
+
+
+def read(job: Job, run_dir: Path) -> dict[str, Any]:
+    """What a run left behind, with its drift."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = {row["step"]: row for row in rows if "reward/mean" in row}
+    evals = [row for row in rows if "eval/mean" in row]
+    # Evaluations are not training: their time is left out of every comparison.
+    spent = {0: 0.0}
+    for step in sorted(steps):
+        phases = steps[step]
+        spent[step] = spent[step - 1] + phases["time/step_s"] - phases.get("time/evaluate_s", 0.0)
+    names = [name.removeprefix("eval/") for name in evals[0] if name.startswith("eval/")]
+    curve = [
+        {
+            "step": row["step"],
+            "samples": row["step"] * SAMPLES_PER_STEP,
+            "seconds": spent[row["step"]],
+            **{name: row[f"eval/{name}"] for name in names},
+        }
+        for row in evals
+    ]
+    for point, drift in zip(curve, drifts(run_dir), strict=True):
+        point["drift"] = drift
+    return {
+        "algorithm": job.algorithm,
+        "task": job.task,
+        "seed": job.seed,
+        "curve": curve,
+        "training_reward": [steps[step]["reward/mean"] for step in sorted(steps)],
+        "samples_to_wanted": crossing(curve, "samples", WANTED[job.task]),
+        "seconds_to_wanted": crossing(curve, "seconds", WANTED[job.task]),
+        "drift_at_wanted": crossing(curve, "drift", WANTED[job.task]),
+    }
+
+
+def crossing(curve: Sequence[Mapping[str, float]], axis: str, wanted: float) -> float | None:
+    """Where the held-out reward first reaches `wanted`, between evaluations by a straight line; None if never."""
+    for before, after in itertools.pairwise(curve):
+        if before["mean"] < wanted <= after["mean"]:
+            share = (wanted - before["mean"]) / (after["mean"] - before["mean"])
+            return before[axis] + share * (after[axis] - before[axis])
+    return None
+
+
+def at(curve: Sequence[Mapping[str, float]], seconds: float) -> float:
+    """The held-out reward after so many seconds of training; the last one if the run was over by then."""
+    for before, after in itertools.pairwise(curve):
+        if before["seconds"] <= seconds < after["seconds"]:
+            share = (seconds - before["seconds"]) / (after["seconds"] - before["seconds"])
+            return before["mean"] + share * (after["mean"] - before["mean"])
+    return curve[-1]["mean"]
+
+
+def drifts(run_dir: Path) -> list[float]:
+    """Mean squared difference of the velocities from the base model's, at the start and at each checkpoint.
+
+    On held-out prompts, at states x = (1 - t) x0 + t eps of five levels t, where x0 is the base model's own clean
+    prediction from noise: places that the base knows.
+    """
+    config = read_resolved_config(run_dir / "config.toml")
+    policy: DenoisingPolicy = load_policy(config.model, "rollout")  # type: ignore[arg-type]  # pictures only
+    prompts = load_prompts(resolve(str(config.prompts.heldout)), config.prompts.fields)[:DRIFT_PROMPTS]
+    told = join_conditioning([policy.encode(prompt.text, False) for prompt in prompts])
+    keys = [SampleKey(0, prompt.id, -1, 0) for prompt in prompts]
+    first, second = (normal(sample_generators(keys, name), policy.latent_shape) for name in ("drift_a", "drift_b"))
+
+    def answers() -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        for sigma, state in zip(DRIFT_SIGMAS, states, strict=True):
+            found.append(policy.predict(state, torch.full((len(keys),), sigma), told))
+        return torch.stack(found)
+
+    with torch.no_grad():
+        clean = first - policy.predict(first, torch.ones(len(keys)), told)
+        states = [(1 - sigma) * clean + sigma * second for sigma in DRIFT_SIGMAS]
+        base = answers()
+        found = [0.0]
+        for folder in list_checkpoints(run_dir / "checkpoints"):
+            tensors = policy_tensors(load_checkpoint(folder).state)
+            for name, parameter in policy.trainable_parameters().items():
+                parameter.copy_(tensors[name])
+            found.append(float(((answers() - base) ** 2).mean()))
+    return found
+
+
+def table(runs: Sequence[Mapping[str, Any]], seconds: float) -> str:
+    """Medians over seeds with the lowest and highest, as Markdown; one table per task."""
+    lines: list[str] = []
+    for task in dict.fromkeys(run["task"] for run in runs):
+        of_task = [run for run in runs if run["task"] == task]
+        held_out = [name for name in of_task[0]["curve"][0] if name in ("glyph_pixels", "sharpness", "palette")]
+        titles = ["held-out reward", f"after {seconds:g} s", f"samples to {WANTED[task]}", f"seconds to {WANTED[task]}"]
+        titles += [*held_out, "diversity", "drift"]
+        lines += [f"**{task}**", "", f"| algorithm | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+        for algorithm in dict.fromkeys(run["algorithm"] for run in of_task):
+            mine = [run for run in of_task if run["algorithm"] == algorithm]
+            cells = [_change(mine, "mean"), _spread([at(run["curve"], seconds) for run in mine])]
+            for name in ("samples_to_wanted", "seconds_to_wanted"):
+                reached = [run[name] for run in mine if run[name] is not None]
+                cells.append(_reached(reached, len(mine)))
+            cells += [_change(mine, name) for name in (*held_out, "diversity")]
+            cells.append(_spread([run["curve"][-1]["drift"] for run in mine], 3))
+            lines.append(f"| `{algorithm}` | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _change(runs: Sequence[Mapping[str, Any]], name: str) -> str:
+    before = statistics.median(run["curve"][0][name] for run in runs)
+    return f"{before:.2f} → {_spread([run['curve'][-1][name] for run in runs])}"
+
+
+def _reached(values: Sequence[float], count: int) -> str:
+    if not values:
+        return f"0 of {count}"
+    return f"{statistics.median(values):.0f}" + (f" ({len(values)} of {count})" if len(values) < count else "")
+
+
+def _spread(values: Sequence[float], digits: int = 2) -> str:
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"**{middle:.{digits}f}** ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def pyplot() -> Any:
+    """matplotlib's plotting module, which draws to files only."""
+    try:
+        importlib.import_module("matplotlib").use("Agg")
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib: pip install 'raylign[plots]'") from None
+    return importlib.import_module("matplotlib.pyplot")
+
+
+def plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Held-out reward over samples, over seconds, and against drift, one row per task."""
+    plt = pyplot()
+
+    tasks = list(dict.fromkeys(run["task"] for run in runs))
+    algorithms = list(dict.fromkeys(run["algorithm"] for run in runs))
+    axes_names = (("samples", "samples drawn"), ("seconds", "seconds of training"), ("drift", "drift from the base"))
+    figure, grid = plt.subplots(len(tasks), 3, figsize=(16, 4.6 * len(tasks)), squeeze=False, sharey="row")
+    colours = plt.get_cmap("tab10")
+    for row, task in enumerate(tasks):
+        for column, (name, label) in enumerate(axes_names):
+            axis = grid[row][column]
+            for index, algorithm in enumerate(algorithms):
+                mine = [r["curve"] for r in runs if (r["task"], r["algorithm"]) == (task, algorithm)]
+                for seed, curve in enumerate(mine):
+                    title = algorithm if seed == 0 else None
+                    axis.plot(
+                        [point[name] for point in curve],
+                        [point["mean"] for point in curve],
+                        color=colours(index % 10),
+                        alpha=0.85,
+                        linewidth=1.4,
+                        label=title,
+                    )
+            axis.axhline(WANTED[task], color="grey", linewidth=0.8, linestyle=":")
+            axis.set_xlabel(label)
+            axis.grid(alpha=0.25)
+            if column == 0:
+                axis.set_ylabel(f"{task}: held-out reward")
+    grid[0][0].legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    """Parse the arguments, run, print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algorithms", nargs="+", default=ALGORITHMS, choices=ALGORITHMS)
+    parser.add_argument("--tasks", nargs="+", default=tuple(TASKS), choices=tuple(TASKS))
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1")
+    parser.add_argument("--steps", type=int, default=20, help="policy updates per run, 96 samples each")
+    parser.add_argument("--every", type=int, default=4, help="steps between evaluations")
+    parser.add_argument("--seconds", type=float, default=30.0, help="training time at which rewards are compared")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--folder", type=Path, default=Path("runs/image_algorithms"), help="where the runs are kept")
+    parser.add_argument("--hardware", default="", help="what it runs on, in words, for the JSON")
+    parser.add_argument("--json", type=Path, default=None, help="also write the JSON to this file")
+    parser.add_argument("--plot", type=Path, default=None, help="draw the curves here (PNG)")
+    parser.add_argument("--table", type=Path, default=None, help="write the summary here (Markdown)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    jobs = [
+        Job(algorithm, task, seed)
+        for task in options.tasks
+        for algorithm in options.algorithms
+        for seed in range(options.seeds)
+    ]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        folders = list(pool.map(lambda job: train(job, options), jobs))
+    runs = [read(job, folder) for job, folder in zip(jobs, folders, strict=True)]
+    settings = {
+        "command": "python " + shlex.join(["benchmarks/image_algorithms.py", *sys.argv[1:]]),
+        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
+        "date": datetime.now(tz=UTC).date().isoformat(),
+        "hardware": options.hardware,
+        "steps": options.steps,
+        "samples_per_step": SAMPLES_PER_STEP,
+        "wanted": WANTED,
+    }
+    text = json.dumps({**settings, "runs": runs}, indent=1)
+    print(text)
+    if options.json is not None:
+        options.json.write_text(text + "\n", encoding="utf-8")
+    if options.table is not None:
+        options.table.write_text(table(runs, options.seconds), encoding="utf-8")
+    if options.plot is not None:
+        plot(runs, options.plot)
+
+
+if __name__ == "__main__":
+    main()
