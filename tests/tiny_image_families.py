@@ -20,7 +20,10 @@ from raylign.models.adapters import LoraSettings
 from raylign.models.flux import FluxConfig, pack, unpack
 from raylign.models.sana import SanaConfig
 from raylign.models.sd3 import Sd3Config
+from raylign.models.sdxl import SdxlConfig
+from raylign.models.stable_diffusion import StableDiffusionConfig
 from tests.tiny_models import sd3_config, sd3_folder
+from tests.tiny_stable_diffusion import sd15_config, sdxl_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,8 +234,14 @@ def _sana_arguments(config: SanaConfig, latents_BCHW: torch.Tensor, guidance_sca
     }
 
 
+def _unet_arguments(config: Any, latents_BCHW: torch.Tensor, guidance_scale: float) -> dict[str, Any]:
+    return {"latents": latents_BCHW, "guidance_scale": guidance_scale}
+
+
 TINY_FAMILIES: dict[type, TinyFamily] = {
     Sd3Config: TinyFamily(sd3_config, _sd3_arguments),
+    StableDiffusionConfig: TinyFamily(sd15_config, _unet_arguments),
+    SdxlConfig: TinyFamily(sdxl_config, _unet_arguments),
     FluxConfig: TinyFamily(flux_config, _flux_arguments, _flux_latents),
     SanaConfig: TinyFamily(sana_config, _sana_arguments),
 }

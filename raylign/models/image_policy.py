@@ -160,16 +160,19 @@ def load_image(
 ) -> ImagePolicy:
     """Load a policy from a pipeline directory. Raises ModelError naming the missing or wrong component.
 
-    role "rollout": every component, in `precision`; "learner": the network alone, fp32 master weights.
+    role "rollout": every component, in `precision`. "learner": the network alone, in `precision`, which must
+    be fp32 where it is trained whole; adapters are fp32 always.
     fold: keep no adapter layers and fold published adapters into the weights (rollout with LoRA only).
     seed: initial values of the adapter's A matrices.
     """
     folder, form = resolve(config.path), architecture.form
     check_image(architecture, config)
-    pipeline = None
+    pipeline: Any = None
     if role == "rollout":
         pipeline = load_pipeline(folder, form, precision, architecture.fp32_components).to(device)
-    network: Any = load_network(folder, form).to(device) if pipeline is None else getattr(pipeline, form.network)
+        network: Any = getattr(pipeline, form.network)
+    else:
+        network = load_network(folder, form, precision).to(device)
     network.eval()
     weights = TunedWeights(
         network, config.tuning, config.lora, architecture.lora_targets, fold=fold and role == "rollout", seed=seed

@@ -81,15 +81,15 @@ def load_pipeline(
     return pipeline
 
 
-def load_network(folder: Path, form: PipelineForm) -> Any:
-    """The trained component alone, in fp32. Raises ModelError."""
+def load_network(folder: Path, form: PipelineForm, precision: Precision = "fp32") -> Any:
+    """The trained component alone. Raises ModelError."""
     _quiet()
     import diffusers
 
     try:
         with torch.random.fork_rng(devices=[]):
             return getattr(diffusers, form.network_class).from_pretrained(
-                str(folder), subfolder=form.network, dtype=torch.float32, local_files_only=True
+                str(folder), subfolder=form.network, dtype=DTYPES[precision], local_files_only=True
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder}/{form.network} does not load: {error}") from error
