@@ -22,6 +22,7 @@ from raylign.keys import generator
 from raylign.models.adapters import LoraSettings
 from raylign.models.base import Conditioning, DenoisingPolicy
 from raylign.models.sd3 import Sd3Config
+from raylign.precision import Precision
 from raylign.samplers import FlowSchedule, Sampler, flow_sigmas
 from raylign.samplers.euler_ode import EulerOde, EulerOdeConfig
 from raylign.samplers.flow_sde import FlowSde, FlowSdeConfig
@@ -178,12 +179,14 @@ def draw_groups(
     guidance_scale: float = 1.0,
     reward: Reward = by_sibling,
     first_sequence: int = 0,
+    latents: Precision = "fp32",
+    learner_step: int = 0,
 ) -> list[RolloutGroup]:
     """Groups of the policy's samples, drawn by the real engine in chunks, and scored by `reward`."""
-    engine = RolloutEngine(policy, {"rollout": SamplerSetup(sampler, guidance_scale, needs)}, RUN_SEED)
+    engine = RolloutEngine(policy, {"rollout": SamplerSetup(sampler, guidance_scale, needs, latents)}, RUN_SEED)
     engine.pull(policy.export_weights(0))
     tasks = [
-        GroupTask(Prompt(f"p{index}", f"word {index}"), 0, index)
+        GroupTask(Prompt(f"p{index}", f"word {index}"), 0, index, learner_step)
         for index in range(first_sequence, first_sequence + num_groups)
     ]
     parts: dict[int, list[RolloutGroup]] = {}

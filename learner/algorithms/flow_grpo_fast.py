@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from learner.algorithms.step_base import StepAlgorithm, StepAlgorithmConfig
+from learner.losses import KlSpace
 from raylign.errors import ConfigError
 from raylign.samplers import ImageSamplerConfig
 from raylign.samplers.base import SdeSamplerConfig
@@ -25,6 +26,8 @@ class FlowGrpoFastConfig(StepAlgorithmConfig):
     type: Literal["flow_grpo_fast"] = "flow_grpo_fast"
     clip_range: float = Field(default=1e-5, gt=0, lt=1)
     """Ratios beyond 1 ± this get no gradient in the advantage's direction; made for CPS' squared log-prob."""
+    kl_space: KlSpace = "exact_gaussian"
+    """How the distance to the reference is measured; CPS has no noise per unit of time."""
 
     def check_sampler(self, sampler: ImageSamplerConfig) -> None:
         super().check_sampler(sampler)
