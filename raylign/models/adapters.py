@@ -26,6 +26,9 @@ class LoraSettings(Config):
     """Scale numerator; the update is multiplied by alpha / rank."""
     targets: tuple[str, ...] = ()
     """Module name endings; the model family's own list when empty."""
+    start: str | None = None
+    """Saved LoRA of the same rank, alpha and targets to go on from, a file or its folder; image models only. The
+    reference policy is then the base with it."""
 
     @property
     def scale(self) -> float:

@@ -18,12 +18,14 @@ from pydantic import Field
 from raylign.assets import resolve
 from raylign.config import Config
 from raylign.errors import ModelError
-from raylign.models.adapters import LoraSettings
+from raylign.models.adapter_start import check_start, open_start, read_start
+from raylign.models.adapters import LoraSettings, lora_shapes
 from raylign.models.base import Conditioning, Role
 from raylign.models.pipeline_folder import (
     PipelineForm,
     check_pipeline_folder,
     component_config,
+    empty_network,
     load_network,
     load_pipeline,
 )
@@ -167,6 +169,7 @@ def load_image(
     """
     folder, form = resolve(config.path), architecture.form
     check_image(architecture, config)
+    start = None if config.lora.start is None else read_start(open_start(config.lora.start, form.network))
     pipeline: Any = None
     if role == "rollout":
         pipeline = load_pipeline(folder, form, precision, architecture.fp32_components).to(device)
@@ -175,7 +178,13 @@ def load_image(
         network = load_network(folder, form, precision).to(device)
     network.eval()
     weights = TunedWeights(
-        network, config.tuning, config.lora, architecture.lora_targets, fold=fold and role == "rollout", seed=seed
+        network,
+        config.tuning,
+        config.lora,
+        architecture.lora_targets,
+        fold=fold and role == "rollout",
+        seed=seed,
+        start=start,
     )
     geometry = _geometry(architecture, config, folder)
     return ImagePolicy(
@@ -184,7 +193,8 @@ def load_image(
 
 
 def check_image(architecture: Architecture, config: ImageModelConfig, texts: Sequence[str] = ()) -> None:
-    """Raise for a directory without a component, or what it cannot draw, before anything is started.
+    """Raise for a directory without a component, what it cannot draw, or an adapter of another model, before
+    anything is started.
 
     Any of `texts` will do: the encoders cut one that is too long.
     """
@@ -197,6 +207,18 @@ def check_image(architecture: Architecture, config: ImageModelConfig, texts: Seq
     if architecture.check is not None:
         architecture.check(config, component_config(folder, architecture.form.network))
     architecture.schedule(config, folder)
+    if config.lora.start is not None:
+        _check_start(architecture, config, folder, config.lora.start)
+
+
+def _check_start(architecture: Architecture, config: ImageModelConfig, folder: Path, start: str) -> None:
+    if config.tuning != "lora":
+        raise ModelError(
+            "lora.start needs tuning = 'lora'; to train every weight, export the adapter's pipeline and give its path"
+        )
+    saved = open_start(start, architecture.form.network)
+    network = empty_network(folder, architecture.form)
+    check_start(saved, config.lora, lora_shapes(network, config.lora, config.lora.targets or architecture.lora_targets))
 
 
 def _geometry(architecture: Architecture, config: ImageModelConfig, folder: Path) -> Geometry:

@@ -95,6 +95,15 @@ def load_network(folder: Path, form: PipelineForm, precision: Precision = "fp32"
         raise ModelError(f"{folder}/{form.network} does not load: {error}") from error
 
 
+def empty_network(folder: Path, form: PipelineForm) -> Any:
+    """The trained component without values, on the meta device: what it is made of, for no memory."""
+    _quiet()
+    import diffusers
+
+    with torch.device("meta"):
+        return getattr(diffusers, form.network_class).from_config(component_config(folder, form.network))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ModelError for a file that is missing or unreadable."""
     try:

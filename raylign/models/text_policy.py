@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from torch.nn.functional import pad
 
@@ -44,6 +44,12 @@ class TextModelConfig(Config):
     """Add the head that chooses each prompt's entropy budget; see the entropy-bounded sampler."""
     trust_remote_code: bool = False
     """Run the modelling code that lies in the checkpoint instead of the native network; it may do anything."""
+
+    @model_validator(mode="after")
+    def _refuse_a_saved_adapter(self) -> TextModelConfig:
+        if self.lora.start is not None:
+            raise ValueError("lora.start is for image models; merge the adapter into the checkpoint instead")
+        return self
 
 
 def prompt_ids(tokenizer: Any, config: TextModelConfig, text: str) -> list[int]:

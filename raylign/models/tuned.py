@@ -24,7 +24,7 @@ class TunedWeights:
     """Trains an adapter or every weight of `network`, and the parameters of `head` in any case.
 
     targets: names of the adapted modules, when the settings name none. seed: initial values of the adapter's A.
-    fold: keep no adapter layers; a published adapter is added into the weights.
+    fold: keep no adapter layers; a published adapter is added into the weights. start: the adapter's first values.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class TunedWeights:
         fold: bool,
         seed: int,
         head: Mapping[str, nn.Parameter] | None = None,
+        start: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self._network = network
         self._tuning: Tuning = tuning
@@ -51,6 +52,8 @@ class TunedWeights:
             network.requires_grad_(False)
         else:
             attach_lora(network, lora, self._targets, seed)
+        if start is not None:
+            self._set(start, lora.scale)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained tensors by name, in a fixed order, the head's last. A folded adapter's are not among them."""
@@ -68,8 +71,11 @@ class TunedWeights:
         if self._fold:
             shapes |= lora_shapes(self._network, self._lora, self._targets)
         tensors = verify_snapshot(snapshot, shapes)
+        self._set(tensors, snapshot.lora_scale)
+
+    def _set(self, tensors: Mapping[str, torch.Tensor], scale: float) -> None:
         with torch.no_grad():
             if self._fold:
-                fold_lora(self._network, tensors, snapshot.lora_scale, self._pristine)
-            for name, parameter in parameters.items():
+                fold_lora(self._network, tensors, scale, self._pristine)
+            for name, parameter in self.parameters().items():
                 parameter.copy_(tensors[name])
