@@ -80,13 +80,26 @@ def evaluate(
     context: typer.Context,
     target: Annotated[Path, typer.Argument(help="The folder of a run, or of a model.")],
     config: Annotated[str | None, typer.Argument(help="Configuration; a run's own if not given.")] = None,
-    pictures: Annotated[Path | None, typer.Option(help="Also write a grid of the pictures here (PNG).")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Also write grids of the pictures beside this PNG.")] = None,
+    etas: Annotated[
+        str | None, typer.Option(help="Stochasticities to draw pictures at, separated by commas; 0 is the ODE.")
+    ] = None,
+    steps: Annotated[str | None, typer.Option(help="Numbers of denoising steps, separated by commas.")] = None,
+    rlg: Annotated[
+        str | None, typer.Option(help="RLG weights, separated by commas: 0 the base model, 1 the trained one.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw rewards and the gap over stochasticity (PNG).")] = None,
 ) -> None:
-    """Score the held-out prompts: pictures by the ODE and the SDE sampler, texts at each of `eval.gammas`."""
+    """Score the held-out prompts: pictures by the ODE and noisily, with the reward gap between; texts at each of
+    `eval.gammas`. Any configuration key can be set after, as in `train`.
+
+    Example: `raylign evaluate runs/RUN --etas 0.5,1,1.5 --steps 6,12 --rlg 1,1.5,2 --plot gap.png`
+    """
     from services.evaluate import evaluate_target
 
     name, overrides = split_config(config or "", "", context.args)
-    evaluate_target(target, name or None, overrides, pictures)
+    overrides |= {key: f"[{given}]" for key, given in (("eval.etas", etas), ("eval.eta_steps", steps)) if given}
+    evaluate_target(target, name or None, overrides, pictures, parse_numbers("rlg", rlg or ""), plot)
 
 
 @app.command(context_settings=_OVERRIDES)
@@ -208,6 +221,16 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
             value = rest.pop(0)
         overrides[key.replace("-", "_")] = value
     return overrides
+
+
+def parse_numbers(option: str, text: str) -> tuple[float, ...]:
+    """Numbers separated by commas. Raises ConfigError for anything else."""
+    from raylign.errors import ConfigError
+
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"--{option} takes numbers separated by commas, such as 1,1.5, got {text!r}") from None
 
 
 def main() -> None:
