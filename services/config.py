@@ -260,7 +260,7 @@ class RunConfig(Config):
     def _check_stochasticities(self) -> None:
         if self.modality == "text" and (self.eval.etas or self.eval.eta_steps):
             raise ValueError("eval.etas and eval.eta_steps are for pictures; texts have eval.gammas")
-        if self.modality == "image" and self.eval.etas and not self.eval.eta_steps and self._eval_steps < 2:
+        if max(self.eval.etas, default=0.0) > 0 and not self.eval.eta_steps and self._eval_steps < 2:
             raise ValueError(
                 "eval.etas need at least 2 denoising steps, as the last one adds no noise, and evaluations take "
                 f"{self._eval_steps}; raise eval.num_steps, or name others in eval.eta_steps"
