@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from learner.algorithms import AlgorithmConfig
+from learner.algorithms.awm import AwmConfig
+from learner.algorithms.crd import CrdConfig
 from learner.algorithms.flow_grpo import FlowGrpoConfig
 from learner.algorithms.nft import NftConfig
 from learner.learner import Learner, LearnerConfig
@@ -14,7 +16,12 @@ from raylign.samplers import Sampler
 from raylign.types import RolloutGroup
 from tests.tiny_models import RUN_SEED, ToyPolicy, by_sibling, draw_groups, euler, flow_sde
 
-CASES = [(NftConfig(), euler(5)), (FlowGrpoConfig(), flow_sde(5))]
+CASES = [
+    (NftConfig(), euler(5)),
+    (CrdConfig(num_train_times=3), euler(5)),
+    (AwmConfig(num_train_times=3), euler(5)),
+    (FlowGrpoConfig(), flow_sde(5)),
+]
 
 
 class LonelyRank(RankGroup):

@@ -10,29 +10,39 @@ import torch
 from pydantic import ValidationError
 
 from learner.algorithms import AlgorithmConfig
+from learner.algorithms.awm import AwmConfig
+from learner.algorithms.crd import CrdConfig
 from learner.algorithms.flow_grpo import FlowGrpoConfig
 from learner.algorithms.nft import NftConfig
 from learner.decay import DecaySchedule
 from learner.learner import Learner, LearnerConfig
+from learner.noise_levels import TrainTimes
 from learner.policies import clone_tensors
 from learner.state import LearnerState, policy_tensors
 from raylign.errors import CheckpointError, NumericsError, RewardError, WeightError
 from raylign.models import load_policy
-from raylign.types import RolloutGroup
+from raylign.samplers import Sampler
+from raylign.types import Needs, RolloutGroup
 from tests.tiny_models import RUN_SEED, ToyPolicy, by_sibling, draw_groups, euler, flow_sde, sd3_config, train_step
 
 NFT = NftConfig(old_decay=DecaySchedule(slope=0.1))
 GRPO = FlowGrpoConfig()
-ALGORITHMS = pytest.mark.parametrize("algorithm", [NFT, GRPO], ids=["nft", "flow_grpo"])
+CRD = CrdConfig(num_train_times=3, old_decay=DecaySchedule(slope=0.1), sampling_decay=DecaySchedule(slope=0.2))
+AWM = AwmConfig(num_train_times=3, times=TrainTimes(draw="stratified"), old_decay=DecaySchedule(slope=0.1))
+ALGORITHMS = pytest.mark.parametrize("algorithm", [NFT, CRD, AWM, GRPO], ids=["nft", "crd", "awm", "flow_grpo"])
+
+
+def sampler_for(algorithm: AlgorithmConfig) -> Sampler:
+    return flow_sde() if Needs.LOGPROBS in algorithm.needs else euler()
 
 
 def make(algorithm: AlgorithmConfig = NFT, **config: object) -> Learner:
-    sampler = euler() if isinstance(algorithm, NftConfig) else flow_sde()
+    sampler = sampler_for(algorithm)
     return Learner(LearnerConfig(**config), algorithm, ToyPolicy(), sampler, 1.0, 4, RUN_SEED)  # type: ignore[arg-type]
 
 
 def groups_for(algorithm: AlgorithmConfig, first: int = 0) -> list[RolloutGroup]:
-    sampler = euler() if isinstance(algorithm, NftConfig) else flow_sde()
+    sampler = sampler_for(algorithm)
     return draw_groups(ToyPolicy(), sampler, algorithm.needs, num_groups=4, first_sequence=first)
 
 
@@ -138,7 +148,7 @@ def test_an_update_whose_samples_all_failed_changes_nothing() -> None:
 def test_what_a_failed_sample_holds_does_not_matter(algorithm: AlgorithmConfig) -> None:
     hashes = set()
     for value in (0.0, math.nan, 1e30):
-        sampler = euler() if isinstance(algorithm, NftConfig) else flow_sde()
+        sampler = sampler_for(algorithm)
         groups = draw_groups(
             ToyPolicy(),
             sampler,
@@ -182,11 +192,25 @@ def test_the_old_policy_follows_once_per_step_by_the_schedule() -> None:
             torch.testing.assert_close(old[name], decay * before[name] + (1 - decay) * parameter.detach())
 
 
-def test_old_decay_schedules() -> None:
-    default, ocr = DecaySchedule(), DecaySchedule(start=75, slope=0.0075, end=0.999)
-    assert [default.at(s) for s in (0, 1, 100, 500, 9999)] == pytest.approx([0, 0.001, 0.1, 0.5, 0.5])
-    assert [ocr.at(s) for s in (0, 75, 76, 175, 9999)] == pytest.approx([0, 0, 0.0075, 0.75, 0.999])
-    assert DecaySchedule(start=3, start_value=0.2, slope=0.1, end=0.9).at(1) == 0.2
+def test_crd_has_two_relatives_that_follow_each_by_its_schedule_after_the_updates() -> None:
+    learner = make(CRD, updates_per_step=2)
+    relatives = learner.policies.relatives
+    for step in (1, 2):
+        before = {name: {key: t.clone() for key, t in relatives[name].items()} for name in ("old", "sampling")}
+        learner.begin_step(groups_for(CRD), step)
+        for update in range(2):
+            learner.forward_backward(update)
+            learner.optimise(update)
+        assert all(torch.equal(before["old"][key], tensor) for key, tensor in relatives["old"].items())
+        metrics = learner.end_step(step)
+        assert metrics == pytest.approx(
+            {"learner/old_decay": 0.2 * step, "learner/sampling_decay": min(0.4 * step, 0.5)}
+        )
+        for name, decay in (("old", 0.2 * step), ("sampling", min(0.4 * step, 0.5))):
+            for key, parameter in learner.policy.trainable_parameters().items():
+                expected = decay * before[name][key] + (1 - decay) * parameter.detach()
+                torch.testing.assert_close(relatives[name][key], expected)  # type: ignore[index]
+    assert learner.publish(2).sha256 not in (learner.weights_sha256(), learner.publish(2, "eval").sha256)
 
 
 def test_nft_publishes_its_old_policy_and_flow_grpo_its_current_one() -> None:
@@ -244,12 +268,12 @@ def test_checkpointed_activations_give_the_same_step(tuning: str, precision: str
 
 @ALGORITHMS
 def test_a_loaded_state_goes_on_bit_for_bit(algorithm: AlgorithmConfig) -> None:
-    learner = make(algorithm, updates_per_step=2, warmup_steps=3)
+    learner = make(algorithm, updates_per_step=2, warmup_steps=3, ema_decay=0.9)
     for step in (1, 2):
         train_step(learner, groups_for(algorithm, step), step)
     state = learner.state_dict()
     uninterrupted = train_step(learner, groups_for(algorithm, 3), 3)
-    resumed = make(algorithm, updates_per_step=2, warmup_steps=3)
+    resumed = make(algorithm, updates_per_step=2, warmup_steps=3, ema_decay=0.9)
     resumed.load_state_dict(state)
     assert train_step(resumed, groups_for(algorithm, 3), 3) == uninterrupted
     assert resumed.weights_sha256() == learner.weights_sha256()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from learner.algorithms.crd import CrdConfig
 from learner.algorithms.flow_grpo import FlowGrpoConfig
 from learner.algorithms.nft import NftConfig
 from learner.learner import Learner, LearnerConfig
@@ -23,7 +24,12 @@ from raylign.errors import ConfigError
 from tests.tiny_models import RUN_SEED, ToyPolicy, draw_groups, euler, flow_sde, train_step
 
 ROOT = Path(__file__).parents[2]
-ALGORITHMS = {"nft": (NftConfig(), euler()), "flow_grpo": (FlowGrpoConfig(), flow_sde())}
+ALGORITHMS = {
+    "nft": (NftConfig(), euler()),
+    "crd": (CrdConfig(num_train_times=3), euler()),
+    "crd over batches": (CrdConfig(num_train_times=3, center_scope="batch", weight_temp=0.3), euler()),
+    "flow_grpo": (FlowGrpoConfig(), flow_sde()),
+}
 RANK = """
 import json, sys
 import torch
