@@ -38,31 +38,32 @@ class TrainTimes(Config):
     shift: float = Field(default=3.0, gt=0)
     """Time shift of the dense grid."""
 
+    def places(self, num_steps: int) -> range:
+        """Which levels may be drawn, beside a sampler of so many steps. Raises ConfigError for none."""
+        num_levels = num_steps if self.grid == "sampler" else NUM_DENSE
+        found = range(0 if self.with_first else 1, int(self.fraction * num_levels))
+        if not found:
+            raise ConfigError(
+                f"algorithm.times leaves none of {num_levels} levels to train at (fraction {self.fraction}, "
+                f"with_first {self.with_first}); raise the fraction, or sampler.num_steps"
+            )
+        return found
+
 
 class NoiseLevels:
-    """The table of levels and the draw of one sample's.
-
-    sigmas: fp32, falling. num_available: how many of them are drawn from.
-    """
+    """The table of levels, `sigmas` (fp32, falling), and the draw of one sample's."""
 
     def __init__(self, config: TrainTimes, sampler: Sampler) -> None:
-        """Raises ConfigError if no level is left to draw."""
-        self._config = config
+        self._stratified = config.draw == "stratified"
+        self._places = config.places(num_steps(sampler))
         self.sigmas = sampler.sigmas_S1[: num_steps(sampler)]
         if config.grid == "dense":
             self.sigmas = dense_levels(config.shift) * float(sampler.sigmas_S1[0])
-        self._first = 0 if config.with_first else 1
-        self.num_available = int(config.fraction * len(self.sigmas)) - self._first
-        if self.num_available < 1:
-            raise ConfigError(
-                f"algorithm.times leaves none of {len(self.sigmas)} levels to train at (fraction {config.fraction}, "
-                f"with_first {config.with_first}); raise the fraction, or sampler.num_steps"
-            )
 
     def draw(self, count: int, draw: torch.Generator) -> torch.Tensor:
         """One sample's levels, (count,) int64 indices into `sigmas`, no two alike."""
-        first, available = self._first, self.num_available
-        if self._config.draw == "permutation":
+        first, available = self._places.start, len(self._places)
+        if not self._stratified:
             return first + torch.randperm(available, generator=draw)[:count]
         bounds = [first + available * part // count for part in range(count + 1)]
         return torch.cat([torch.randint(low, high, (1,), generator=draw) for low, high in pairwise(bounds)])

@@ -40,7 +40,7 @@ from learner.decay import DECAY_PRESETS, Decay, DecaySchedule
 from learner.forward_losses import CrdLoss, centres, crd_loss, denoising_error, rewarded_kl_weight
 from learner.noise_levels import TrainTimes
 from learner.policies import PolicySet, Relative
-from raylign.errors import ShapeError
+from raylign.errors import ConfigError, ShapeError
 from raylign.types import Needs
 
 
@@ -87,6 +87,10 @@ class CrdConfig(ForwardConfig):
     @property
     def rollout_policy(self) -> RolloutPolicy:
         return "sampling"
+
+    def check_group_size(self, group_size: int) -> None:
+        if group_size < 2:
+            raise ConfigError("crd compares the siblings of a prompt, and group_size 1 has none; raise it")
 
 
 class Crd(ForwardAlgorithm):

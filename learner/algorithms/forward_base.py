@@ -29,6 +29,7 @@ from learner.noise_levels import NoiseLevels, TrainTimes
 from learner.policies import PolicySet, Relative
 from raylign.keys import generator, normal
 from raylign.models.base import Conditioning
+from raylign.samplers import ImageSamplerConfig, num_steps
 from raylign.types import Advantage, Needs, RolloutGroup
 
 
@@ -49,6 +50,14 @@ class ForwardConfig(ImageAlgorithmConfig):
     @property
     def guidance_free(self) -> bool:
         return True
+
+    def num_times(self, num_steps: int) -> int:
+        """Levels trained per sample, beside a sampler of so many steps. Raises ConfigError if there are fewer."""
+        available = len(self.times.places(num_steps))
+        return check_count(self.num_train_times or usable_steps(available), available, "algorithm.num_train_times")
+
+    def check_sampler(self, sampler: ImageSamplerConfig) -> None:
+        self.num_times(sampler.num_steps)
 
 
 class Noised(NamedTuple):
@@ -73,12 +82,9 @@ class ForwardAlgorithm(ABC):
     """Whether siblings are trained at the same levels."""
 
     def __init__(self, config: ForwardConfig, setting: LossSetting) -> None:
-        config.check_sampler(setting.sampler.config)
         self.config = config
         self.levels = NoiseLevels(config.times, setting.sampler)
-        available = self.levels.num_available
-        asked = config.num_train_times or usable_steps(available)
-        self.num_times = check_count(asked, available, "algorithm.num_train_times")
+        self._num_times = config.num_times(num_steps(setting.sampler))
         self.metrics: tuple[str, ...] = ("loss/policy", *self.policy_metrics)
         if config.kl_weight > 0:
             self.metrics += ("loss/kl", "velocity/norm_ratio")
@@ -116,13 +122,13 @@ class ForwardAlgorithm(ABC):
         """Places in the table of levels, drawn for each sample or once for the group."""
         keys = [rollout.key for rollout in group.rollouts]
         if not self.shares_levels:
-            return torch.stack([self.levels.draw(self.num_times, generator(*key, "train_times")) for key in keys])
-        drawn = self.levels.draw(self.num_times, generator(*keys[0][:-1], "train_times"))
+            return torch.stack([self.levels.draw(self._num_times, generator(*key, "train_times")) for key in keys])
+        drawn = self.levels.draw(self._num_times, generator(*keys[0][:-1], "train_times"))
         return drawn.expand(group.group_size, -1)
 
     def shares(self, group: RolloutGroup) -> torch.Tensor:
         """Every item counts alike."""
-        return torch.full((group.group_size,), float(self.num_times))
+        return torch.full((group.group_size,), float(self._num_times))
 
     def noised(self, batch: MicroBatch) -> Noised:
         """The samples at their levels, with noise keyed by sample, level and pass."""

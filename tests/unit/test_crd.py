@@ -15,7 +15,7 @@ from learner.algorithms.nft import NftConfig
 from learner.batching import StepData, cut
 from learner.learner import Learner, LearnerConfig
 from learner.policies import PolicySet
-from raylign.errors import ShapeError
+from raylign.errors import ConfigError, ShapeError
 from raylign.models.base import Conditioning
 from raylign.types import Needs
 from tests.tiny_models import RUN_SEED, ToyPolicy, draw_groups, euler, train_step
@@ -115,6 +115,12 @@ def test_rewards_weigh_the_anchor_by_rank_in_the_group_or_as_they_are() -> None:
         drawn = draw_groups(ToyPolicy(), euler(), config.needs, num_groups=1, reward=lambda group, s: values[s])
         (result,) = train_step(learner(config), drawn, 1)
         assert result.metrics["kl/weight"] == pytest.approx(expected, rel=1e-5), options
+
+
+def test_a_sample_without_siblings_is_refused() -> None:
+    CrdConfig().check_group_size(2)
+    with pytest.raises(ConfigError, match="group_size 1 has none"):
+        CrdConfig().check_group_size(1)
 
 
 def test_it_cannot_be_asked_about_a_batch_that_nobody_surveyed() -> None:

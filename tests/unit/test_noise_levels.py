@@ -29,7 +29,7 @@ def test_the_dense_grid_is_shifted_from_pure_noise_to_almost_none() -> None:
 
 def test_a_stratified_draw_has_one_of_each_equal_part() -> None:
     levels = NoiseLevels(TrainTimes(grid="dense", draw="stratified", fraction=0.99), euler())
-    assert levels.num_available == 990
+    assert TrainTimes(grid="dense", fraction=0.99).places(4) == range(990)
     seen = torch.stack([levels.draw(20, generator(number)) for number in range(50)])
     # Parts of 49 or 50 levels: part i starts at floor(990 i / 20).
     start = torch.tensor([990 * part // 20 for part in range(21)])
@@ -56,6 +56,8 @@ def test_a_permutation_draws_any_levels_once() -> None:
 def test_a_grid_without_a_level_is_refused() -> None:
     with pytest.raises(ConfigError, match="leaves none of 4 levels"):
         NoiseLevels(TrainTimes(fraction=0.3, with_first=False), euler(4))
+    with pytest.raises(ConfigError, match=r"num_train_times is 6, but only 3 sampler steps can be trained"):
+        AwmConfig().check_sampler(euler(5).config)
     with pytest.raises(ConfigError, match=r"algorithm\.num_train_times is 6"):
         Nft(NftConfig(num_train_times=6), LossSetting(euler(5)))
 
