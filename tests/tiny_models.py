@@ -23,7 +23,7 @@ from raylign.models.adapters import LoraSettings
 from raylign.models.base import Conditioning, DenoisingPolicy
 from raylign.models.sd3 import Sd3Config
 from raylign.precision import Precision
-from raylign.samplers import FlowSchedule, Sampler, flow_sigmas
+from raylign.samplers import FlowSchedule, NoiseSchedule, Sampler, flow_sigmas
 from raylign.samplers.euler_ode import EulerOde, EulerOdeConfig
 from raylign.samplers.flow_sde import FlowSde, FlowSdeConfig
 from raylign.types import Needs, Prompt, RewardBreakdown, RewardFailure, RolloutGroup, StepResult, WeightVersion
@@ -41,7 +41,7 @@ class ToyPolicy:
 
     def __init__(self, seed: int = 0, latent_shape: tuple[int, int, int] = (2, 4, 4)) -> None:
         self.device = torch.device("cpu")
-        self.schedule = FlowSchedule(3.0)
+        self.schedule: NoiseSchedule = FlowSchedule(3.0)
         self.latent_shape = latent_shape
         channels = latent_shape[0]
         with torch.random.fork_rng(devices=[]):
