@@ -226,9 +226,6 @@ def test_siblings_that_best_of_n_leaves_out_have_no_gradient() -> None:
         best = max(range(4), key=lambda sibling: by_sibling(0, sibling))
         assert batch.valid_N[best]
         assert batch.adv_N[best] == batch.adv_N.max() > 0
-    assert (
-        len(found) == 3 * algorithm.items(draw_groups(ToyPolicy(), sampler_for(config), config.needs)[0], 0, 1).shape[1]
-    )
 
 
 def test_steps_are_drawn_in_order_by_key() -> None:

@@ -18,9 +18,11 @@ from learner.advantages import (
     decoupled_advantages,
     group_advantages,
     group_rewards,
+    keep_best_and_worst,
+    summed_advantages,
 )
 from raylign.errors import NumericsError
-from raylign.types import Needs, RewardBreakdown, RewardFailure, RewardScore
+from raylign.types import Advantage, Needs, RewardBreakdown, RewardFailure, RewardScore
 from tests.tiny_models import ToyPolicy, draw_groups, euler
 
 REWARDS = [[1.0, 2.0, 3.0], [10.0, 10.0, 16.0]]
@@ -114,8 +116,10 @@ def test_group_rewards_and_metrics_of_drawn_groups() -> None:
     assert metrics["advantage/abs_mean"] > 0
 
 
-def decoupled(groups: Sequence[Sequence[dict[str, tuple[float, float]] | None]], **options: float) -> list[list[float]]:
-    return [advantage.adv_G.tolist() for advantage in decoupled_advantages(groups, **options)]
+def decoupled(
+    groups: Sequence[Sequence[dict[str, tuple[float, float]] | None]], clip: float | None = None
+) -> list[list[float]]:
+    return [advantage.adv_G.tolist() for advantage in decoupled_advantages(groups, clip)]
 
 
 def test_decoupled_credit_tells_apart_what_the_sum_cannot() -> None:
@@ -180,3 +184,88 @@ def test_decoupled_credit_of_drawn_groups_reads_scores_and_weights() -> None:
     for got, wanted in zip(credit_groups(groups, "gdpo", 5.0), decoupled(given, clip=5.0), strict=True):
         assert got.adv_G.tolist() == wanted
         assert got.valid_G.tolist() == [True, True, True, False]
+
+
+def test_deviations_can_be_unbiased_and_their_floor_chosen() -> None:
+    # Of 1, 2, 3 the biased variance is 2/3, the unbiased one 1.
+    (biased,) = rows([[1.0, 2.0, 3.0]], std="group", eps=1e-8)
+    (unbiased,) = rows([[1.0, 2.0, 3.0]], std="group", eps=1e-8, unbiased=True)
+    assert biased == pytest.approx([-math.sqrt(1.5), 0.0, math.sqrt(1.5)])
+    assert unbiased == pytest.approx([-1.0, 0.0, 1.0])
+    (floored,) = rows([[1.0, 2.0, 3.0]], std="group", eps=1.0, unbiased=True)
+    assert floored == pytest.approx([-0.5, 0.0, 0.5])
+
+
+@pytest.mark.parametrize("eps", [1e-4, 1e-6, 1e-8])
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_groups_without_variance_get_exactly_0(eps: float, unbiased: bool) -> None:
+    values = [[0.1, 0.1, 0.1], [0.7], [None, 0.2, 0.2]]
+    for std in ("global", "group"):
+        assert rows(values, std=std, eps=eps, unbiased=unbiased) == [[0.0] * len(group) for group in values]
+    several = [[{"a": (0.1, 1.0), "b": (0.3, 2.0)}] * 3]
+    for credit in (summed_advantages, decoupled_advantages):
+        assert [one.adv_G.tolist() for one in credit(several, 5.0, eps, unbiased)] == [[0.0] * 3]
+
+
+def test_small_groups_are_compared_with_the_whole_step() -> None:
+    # Three samples are enough, two are not: the second group's mean and deviation are those of all five.
+    values = [[1.0, 2.0, 3.0], [6.0, 8.0]]
+    whole = [1.0, 2.0, 3.0, 6.0, 8.0]
+    large, small = rows(values, std="group", eps=1e-6, min_count=3)
+    assert large == pytest.approx([-math.sqrt(1.5), 0.0, math.sqrt(1.5)], rel=1e-4)
+    assert small == pytest.approx([(r - np.mean(whole)) / (np.std(whole) + 1e-6) for r in (6.0, 8.0)])
+    # A failed sibling does not count.
+    (thin, _) = rows([[1.0, 2.0, None], [6.0, 8.0]], std="group", eps=1e-6, min_count=3)
+    assert thin[2] == 0
+    assert thin[1] < 0
+
+
+def test_summed_credit_adds_rewards_that_were_normalised_each() -> None:
+    # a: 1, 2, 3 and b: 30, 10, 20 become -1, 0, 1 and 1, -1, 0; weights 3 and 1 give (3 a + b) / 4.
+    group = [{"a": (a, 3.0), "b": (b, 1.0)} for a, b in ((1.0, 30.0), (2.0, 10.0), (3.0, 20.0))]
+    (advantage,) = summed_advantages([group], eps=1e-8, unbiased=True)
+    assert advantage.adv_G.tolist() == pytest.approx([-0.5, -0.25, 0.75])
+    (clipped,) = summed_advantages([group], clip=0.6, eps=1e-8, unbiased=True)
+    assert clipped.adv_G.tolist() == pytest.approx([-0.5, -0.25, 0.6])
+    # Normalised over the batch of this one group after that, it is GDPO's.
+    (gdpo,) = decoupled_advantages([group], eps=1e-8, unbiased=True)
+    spread = np.std([-0.5, -0.25, 0.75], ddof=1)
+    assert gdpo.adv_G.tolist() == pytest.approx([value / spread for value in (-0.5, -0.25, 0.75)])
+
+
+def test_one_reward_of_any_weight_summed_is_group_scaling() -> None:
+    group = [None, *({"a": (value, 7.0)} for value in (1.0, 4.0, 5.0))]
+    (summed,) = summed_advantages([group])
+    (alone,) = group_advantages([[None, 1.0, 4.0, 5.0]], "group")
+    assert summed.valid_G.tolist() == alone.valid_G.tolist()
+    torch.testing.assert_close(summed.adv_G, alone.adv_G)
+
+
+def test_totals_without_parts_are_one_reward() -> None:
+    groups = draw_groups(ToyPolicy(), euler(), Needs.FINAL)
+    for summed, alone in zip(
+        credit_groups(groups, "per_reward", 5.0), credit_groups(groups, "group", 5.0), strict=True
+    ):
+        torch.testing.assert_close(summed.adv_G, alone.adv_G)
+        assert summed.adv_G.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("adv", "count", "kept"),
+    [
+        ([0.5, -2.0, 1.0, 0.1, 2.0, -0.3], 4, {1, 5, 2, 4}),
+        ([0.5, -2.0, 1.0, 0.1, 2.0, -0.3], 2, {1, 4}),
+        ([0.0, 0.0, 0.0, 0.0], 2, {0, 3}),  # equal ones by place: the first is worst, the last best
+        ([1.0, 0.0, 1.0, 0.0, 1.0], 2, {1, 4}),
+        ([1.0, 2.0], 4, {0, 1}),
+        ([None, 3.0, 1.0, None, 2.0], 2, {2, 1}),  # failed ones are never chosen
+        ([None, None, 1.0], 2, {2}),
+    ],
+)
+def test_best_and_worst_siblings_are_kept(adv: list[float | None], count: int, kept: set[int]) -> None:
+    valid_G = torch.tensor([value is not None for value in adv])
+    adv_G = torch.tensor([0.0 if value is None else value for value in adv])
+    chosen = keep_best_and_worst(Advantage(adv_G, valid_G), count)
+    assert set(chosen.valid_G.nonzero().flatten().tolist()) == kept
+    for place, value in enumerate(chosen.adv_G.tolist()):
+        assert value == (adv_G[place] if place in kept else 0)
