@@ -31,7 +31,7 @@ from raylign.models.pipeline_folder import (
 )
 from raylign.models.schedule import NoiseSchedule
 from raylign.models.tuned import TunedWeights
-from raylign.precision import Precision
+from raylign.precision import Precision, autocast
 from raylign.shapes import check_shape
 from raylign.types import WeightVersion
 from raylign.weights import WeightSnapshot
@@ -102,6 +102,7 @@ class ImagePolicy:
         geometry: Geometry,
         schedule: NoiseSchedule,
         weights: TunedWeights,
+        compute: Precision = "fp32",
     ) -> None:
         self.config = config
         self.network = network
@@ -111,6 +112,7 @@ class ImagePolicy:
         self._architecture = architecture
         self._pipeline = pipeline
         self._weights = weights
+        self._compute: Precision = compute
 
     def encode(self, text: str, with_negative: bool) -> Conditioning:
         """See DenoisingPolicy. Raises ModelError in a learner, which has no text encoders."""
@@ -122,7 +124,8 @@ class ImagePolicy:
         """See DenoisingPolicy."""
         channels, height, width = self.latent_shape
         check_shape(state_BCHW, "state_BCHW", C=channels, H=height, W=width)
-        return self._architecture.velocity(self, state_BCHW, sigma_B, conditioning).float()
+        with autocast(self._compute, self.device):
+            return self._architecture.velocity(self, state_BCHW, sigma_B, conditioning).float()
 
     def decode(self, state_BCHW: torch.Tensor) -> np.ndarray:
         """See DenoisingPolicy. Raises ModelError in a learner, which has no VAE."""
@@ -186,10 +189,10 @@ def load_image(
         seed=seed,
         start=start,
     )
-    geometry = _geometry(architecture, config, folder)
-    return ImagePolicy(
-        architecture, config, network, pipeline, geometry, architecture.schedule(config, folder), weights
-    )
+    geometry, schedule = _geometry(architecture, config, folder), architecture.schedule(config, folder)
+    # Beside an attached adapter the learner's autocast is repeated, so that both compute the same bits.
+    compute: Precision = precision if role == "rollout" and not fold else "fp32"
+    return ImagePolicy(architecture, config, network, pipeline, geometry, schedule, weights, compute)
 
 
 def check_image(architecture: Architecture, config: ImageModelConfig, texts: Sequence[str] = ()) -> None:
