@@ -6,7 +6,8 @@
 DPOK is `variant = "reinforce"` with `kl_weight` > 0 and `kl_space = "exact_gaussian"`: the gradient of
 sum_t [-A log p_t + beta KL(p_t, pre-trained p_t)]. Sums over steps and latent dims are means here, in both terms alike:
 beta keeps its meaning, and the learning rate differs. The published chain is DDIM's with eta = 1 under guidance 5 at 50
-steps: sampler "gddim" (its default eta) on Stable Diffusion 1.5. Every step that has a density is trained.
+steps: sampler "gddim" (its default eta) on Stable Diffusion 1.5. Every step that has a density is trained; on flow
+models raise the level next to 0 (`sampler.halve_last_level`), or the step to it, almost noiseless, drowns all others.
 
 A = (r - mean) / (deviation + 1e-6) by prompt, from a prompt's group of this step if it has `min_count` scored siblings,
 else from all samples of the step. Deviation: the code keeps each prompt's last 16 or 32 rewards over epochs, and falls
