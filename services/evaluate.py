@@ -25,7 +25,7 @@ from raylign.assets import resolve
 from raylign.config import load_config, parse_config
 from raylign.errors import ConfigError
 from raylign.models import load_policy
-from raylign.models.rlg import RlgPolicy, base_tensors
+from raylign.models.rlg import RlgPolicy, base_tensors, check_rlg_weight
 from raylign.samplers import FlowSchedule, make_sampler
 from raylign.samplers.gddim import GddimConfig
 from raylign.types import Needs, RolloutGroup
@@ -170,6 +170,8 @@ def _check_options(
             "--rlg mixes the model before training with the one after, and the target is a model alone; give the "
             "folder of a run"
         )
+    for weight in rlg:
+        check_rlg_weight(weight)
     if plot is not None and not any(way.point.eta or way.rlg is not None for way in evaluation_ways(config, rlg)):
         raise ConfigError("--plot draws rewards over stochasticity or RLG weight; give --etas or --rlg as well")
 

@@ -27,6 +27,12 @@ def base_tensors(policy: DenoisingPolicy) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in policy.trainable_parameters().items()}
 
 
+def check_rlg_weight(weight: float) -> None:
+    """Raise ModelError for what is no weight."""
+    if not 0 <= weight < math.inf:
+        raise ModelError(f"an RLG weight is at least 0 (0: the base model, 1: the tuned one), got {weight:g}")
+
+
 class RlgPolicy:
     """A DenoisingPolicy between, or beyond, `base` and whatever `policy` has loaded. Its tensors stay the tuned ones.
 
@@ -35,8 +41,7 @@ class RlgPolicy:
     """
 
     def __init__(self, policy: DenoisingPolicy, base: Mapping[str, torch.Tensor], weight: float) -> None:
-        if not 0 <= weight < math.inf:
-            raise ModelError(f"an RLG weight is at least 0 (0: the base model, 1: the tuned one), got {weight:g}")
+        check_rlg_weight(weight)
         self._parameters = policy.trainable_parameters()
         if not self._parameters:
             raise ModelError("RLG swaps trained tensors, and this policy has none: load it without folding the adapter")
