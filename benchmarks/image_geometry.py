@@ -402,6 +402,9 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Every part of every geometry that was asked for, in every mode."""
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
     if options.device == "cpu":
         torch.set_num_threads(options.threads)
     found: dict[str, Any] = {

@@ -10,11 +10,11 @@ import torch
 
 from benchmarks.image_geometry import GEOMETRIES, Bench, count_flops, empty, measure, parse_options
 
-TINY = "--device cpu --geometry small --size 16 --batch 2 --steps 2 --levels 1 --micro-batch 1 --repeats 1 --rank 1".split()
+TINY = "--device cpu --geometry small --size 16 --batch 2 --steps 2 --levels 1 --micro-batch 1".split()
 
 
 def options(*more: str) -> argparse.Namespace:
-    return parse_options([*TINY, "--modes", "eager", "--precision", "fp32", *more])
+    return parse_options([*TINY, "--modes", "eager", "--precision", "fp32", "--rank", "1", "--repeats", "1", *more])
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_the_program_measures_a_tiny_model() -> None:
     found = measure(options())["geometries"]["small"]
     call, rollout, train = (found[f"{part}, eager"] for part in ("call", "rollout", "train"))
     assert rollout["flops"] == 2 * call["flops"]
-    # For each of 2 pictures at 1 level: the old policy and the reference forward, the current one forward, again for its
-    # backward, and backward to the inputs of frozen matrices: 5 calls of one picture, and the adapter's own part.
+    # For each of 2 pictures at 1 level: the old policy and the reference forward, the current one forward, again for
+    # its backward, and backward to the inputs of frozen matrices: 5 calls of one picture, and the adapter's own part.
     assert train["flops"] / (2 * call["flops"] / 2) == pytest.approx(5, abs=0.5)
     for row in (call, rollout, rollout["decode"], train):
         check_row(row, found["measured_flops_per_s"])
