@@ -10,13 +10,14 @@ import torch
 
 from learner.learner import Learner
 from learner.parallel import RankGroup
-from raylign.errors import ConfigError
+from raylign.errors import ConfigError, NumericsError
 from raylign.models.adapters import LoraSettings
 from raylign.types import Prompt, RolloutGroup
 from rollout.engine import chunk_requests, join_parts
 from rollout.prompts import GroupTask
 from services.assembly import build_engine, build_learner
 from services.config import RunConfig, load_run_config
+from services.parity import parity_gap
 from tests.tiny_image_families import TINY_FAMILIES
 from tests.tiny_models import breakdown, train_step
 
@@ -72,6 +73,25 @@ def test_an_example_takes_a_step_with_a_tiny_model_of_its_family(name: str) -> N
     assert all(result.finite for result in results)
     after = learner.policy.trainable_parameters()
     assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+@EXAMPLES
+def test_the_parity_gate_passes_an_examples_tiny_model_and_stops_another_adapter(name: str) -> None:
+    config = tiny(name)
+    threads = torch.get_num_threads()
+    learner, engine = build_learner(config, RankGroup.single()), build_engine(config)
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        for parameter in learner.policy.trainable_parameters().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    engine.pull(learner.publish(1, "current"))
+    probe = engine.probe("a cat 7")
+    answer = learner.predict(probe.state, probe.sigma_B, probe.conditioning, "current")
+    assert parity_gap(probe, answer, config.parity_tolerance) < 0.02
+    engine.pull(build_learner(config, RankGroup.single()).publish(2))
+    torch.set_num_threads(threads)
+    with pytest.raises(NumericsError, match="parity gate at version 2"):
+        parity_gap(engine.probe("a cat 7"), answer, config.parity_tolerance)
 
 
 @EXAMPLES
