@@ -22,7 +22,11 @@ from tests.tiny_image_families import TINY_FAMILIES
 from tests.tiny_models import breakdown, train_step
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-EXAMPLES = pytest.mark.parametrize("name", ["flux_flow_grpo", "sana_nft"])
+EXAMPLES = pytest.mark.parametrize("name", ["flux_flow_grpo", "sana_nft", "sd15_ddpo"])
+
+
+# Fifty steps of a tiny model take as long as eight of them are telling.
+SHORTER = {"sd15_ddpo": {"sampler__num_steps": "8"}}
 
 
 def load(name: str, **overrides: str) -> RunConfig:
@@ -42,9 +46,11 @@ def tiny(name: str) -> RunConfig:
         learner__micro_batch_size="2",
         learner__num_ranks="1",
         learner__num_gpus_per_rank="0",
+        **SHORTER.get(name, {}),
     )
     small = TINY_FAMILIES[type(config.model)].config()
-    changes = {key: getattr(small, key) for key in ("path", "height", "width", "max_sequence_length")}
+    sizes = ("path", "height", "width", "max_sequence_length")
+    changes = {key: getattr(small, key) for key in sizes if hasattr(small, key)}
     return config.model_copy(
         update={"model": config.model.model_copy(update={**changes, "lora": LoraSettings(rank=2, alpha=4)})}
     )
