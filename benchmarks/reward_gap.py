@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from services.pictures import save_png
-from services.reward_gap import GapPoint, Interval, interval, read_gaps
+from services.reward_gap import GapPoint, Interval, interval, read_gaps, say_interval
 from services.reward_gap_picture import Line, Panel, draw_panels
 
 ROOT = Path(__file__).parents[1]
@@ -235,7 +235,7 @@ def _verdict(one: Interval, above: str, below: str) -> str:
 
 
 def _cell(one: Interval) -> str:
-    return f"{one.mean:+.3f}" if one.half_width is None else f"{one.mean:+.3f} ± {one.half_width:.3f}"
+    return say_interval(one).replace("+-", "±")
 
 
 def _on(hardware: str) -> str:

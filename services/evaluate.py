@@ -39,7 +39,7 @@ from services.assembly import adapter_seed, evaluation_sampler, sampler_setup
 from services.config import RunConfig, load_run_config
 from services.export import trained_tensors
 from services.pictures import Caption, grid, save_png
-from services.reward_gap import GapPoint, Interval, interval, ode_of, paired_gap, point_name, prompt_means
+from services.reward_gap import GapPoint, Interval, interval, ode_of, paired_gap, point_name, prompt_means, say_interval
 from services.reward_gap_picture import draw_panels, evaluation_panels
 from services.run_dir import RunDir
 from services.scoring import score_groups
@@ -304,6 +304,4 @@ def _column_width(cells: Sequence[str]) -> int:
 
 
 def _gap_cell(gap: Interval | None) -> str:
-    if gap is None:
-        return ""
-    return f"{gap.mean:+.4f}" if gap.half_width is None else f"{gap.mean:+.4f} ± {gap.half_width:.4f}"
+    return "" if gap is None else say_interval(gap)

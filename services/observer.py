@@ -16,7 +16,7 @@ from services.frontier import FrontierSeries, frontier_json, measure, quality_of
 from services.frontier_picture import Curve, draw_frontier
 from services.headlines import headline_means, is_metric
 from services.pictures import BeforeAfterRow, Caption, before_after, grid, save_png
-from services.reward_gap import gap_metrics, gap_points, gaps_json, read_gaps
+from services.reward_gap import gap_metrics, gap_points, gaps_json, read_gaps, say_gaps
 from services.reward_gap_picture import draw_panels, run_panels
 from services.run_dir import RunDir, write_atomic
 from services.step_metrics import eval_metrics
@@ -101,8 +101,9 @@ class RunObserver:
         path = self._run.samples / "reward_gap.json"
         # A resumed run makes evaluations after its checkpoint again.
         points = [*(point for point in read_gaps(path) if point.step < step), *measured.values()]
-        if points:
+        if measured:
             write_atomic(path, gaps_json(points))
+            self._console.note(f"reward gap at step {step}: {say_gaps(measured)}")
             picture = draw_panels("Reward gap between noisy and noiseless samples", run_panels(points))
             save_png(self._run.samples / "reward_gap.png", picture)
             self._sinks.images(step, "reward_gap", picture)

@@ -131,6 +131,16 @@ def gap_metrics(
     return metrics
 
 
+def say_gaps(measured: Mapping[EvalPoint, GapPoint]) -> str:
+    """One line for the screen."""
+    return "  |  ".join(f"{point_name(point)} {say_interval(one.gap)}" for point, one in measured.items())
+
+
+def say_interval(one: Interval) -> str:
+    """Such as `+0.0123 +- 0.0045`, which every screen can show."""
+    return f"{one.mean:+.4f}" if one.half_width is None else f"{one.mean:+.4f} +- {one.half_width:.4f}"
+
+
 def gaps_json(points: Sequence[GapPoint]) -> bytes:
     """The contents of `reward_gap.json`."""
     about = {"confidence": CONFIDENCE, "interval": "Student's t over prompts; of gaps, over their paired differences"}

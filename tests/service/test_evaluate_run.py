@@ -90,4 +90,4 @@ def test_many_columns_are_printed_in_several_tables(run_dir: Path, capsys: pytes
     printed = capsys.readouterr().out
     assert printed.count("held-out") == printed.count("gap to the ODE") >= 2
     assert "…" not in printed
-    assert "±" in printed
+    assert "+-" in printed

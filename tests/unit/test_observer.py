@@ -195,6 +195,8 @@ def test_sweeps_of_pictures_become_the_reward_gap(tmp_path: Path) -> None:
     with Image.open(tmp_path / "samples" / "reward_gap.png") as picture:
         assert picture.size == (1280, 600)
     assert watched.sink.pictures == [(0, "reward_gap")]
+    printed = " ".join(watched.screen.getvalue().split())
+    assert "reward gap at step 0: eta_0.5 +0.4000 +- 0.4303 | eta_1 +0.0000 +- 0.0000" in printed
 
 
 def test_a_resumed_run_goes_on_with_its_series_of_gaps(tmp_path: Path) -> None:

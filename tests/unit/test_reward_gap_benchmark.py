@@ -72,15 +72,15 @@ def test_the_page_claims_only_what_the_intervals_show() -> None:
     settings = {"steps": 20, "hardware": "two cores", "commit": "abc", "date": "today", "command": "python x"}
     page = markdown(RUNS, settings, "gap.png")
     assert (
-        "**Does the gap narrow during training?** No clear difference from 0: on average over all runs by +0.100 ±"
+        "**Does the gap narrow during training?** No clear difference from 0: on average over all runs by +0.1000 ±"
         in page
     )
-    assert "| ddpo | 1.5 | +0.400 ± 0.000 | +0.700 ± 0.000 | +0.300 ± 0.000 | -0.300 ± 0.000 |" in page
+    assert "| ddpo | 1.5 | +0.4000 ± 0.0000 | +0.7000 ± 0.0000 | +0.3000 ± 0.0000 | -0.3000 ± 0.0000 |" in page
     assert "4 runs of 20 steps, 60 s each (median) on two cores." in page
     twins = [_finished(eta, seed, (0.2, 0.1), (0.4, 0.4 + eta / 10)) for eta in (0.5, 1.5) for seed in (0, 1)]
     sure = markdown(twins, settings, "gap.png")
     assert "training?** It narrows" in sure
-    assert "under ddpo?** It does: +0.100" in sure
+    assert "under ddpo?** It does: +0.1000" in sure
     assert "One seed cannot tell" in markdown(RUNS[::2], settings, "gap.png")
 
 
