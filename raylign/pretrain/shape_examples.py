@@ -26,13 +26,15 @@ LONE_SIZES, LONE_JITTER = (17.0, 20.0), 1.0
 CELL_SIZES, CELL_JITTER = (12.0, 13.0), 0.5
 """Pixels. Two shapes in neighbouring cells stay two pixels apart, and one from the edge."""
 
+USUAL_COLOURS = ("red", "yellow", "blue")
+"""Of tidy pictures, where no colour is asked for."""
 PAIRS: dict[Relation, tuple[tuple[int, int], ...]] = {
     "left of": ((1, 0), (3, 2)),
     "right of": ((0, 1), (2, 3)),
     "above": ((2, 0), (3, 1)),
     "below": ((0, 2), (1, 3)),
 }
-"""Cells of (the target, the shape that stands in the relation to it)."""
+"""Cells of (the target, the shape that stands in the relation to it); the first pair is the tidy one."""
 
 TAG_SHARES: dict[Tag, float] = {
     "single_object": 0.06,
@@ -68,18 +70,20 @@ class ShapeExample:
     flaw: Flaw
 
 
-def draw_example(rng: np.random.Generator, flawed_share: float) -> ShapeExample:
+def draw_example(rng: np.random.Generator, flawed_share: float, tidy: bool = True) -> ShapeExample:
     """One random prompt that is not held out, with its picture, flawed with probability `flawed_share`."""
     task = draw_task(rng, TAGS, [TAG_SHARES[tag] for tag in TAGS])
     flaw: Flaw = "clean"
     if rng.random() < flawed_share:
         flaw = list(FLAW_SHARES)[rng.choice(len(FLAW_SHARES), p=list(FLAW_SHARES.values()))]
-    return ShapeExample(task, draw_picture(rng, task.groups, flaw), flaw)
+    return ShapeExample(task, draw_picture(rng, task.groups, flaw, tidy), flaw)
 
 
-def draw_picture(rng: np.random.Generator, groups: Sequence[Group], flaw: Flaw = "clean") -> npt.NDArray[np.uint8]:
+def draw_picture(
+    rng: np.random.Generator, groups: Sequence[Group], flaw: Flaw = "clean", tidy: bool = True
+) -> npt.NDArray[np.uint8]:
     """A random picture of these groups (SIDE x SIDE x 3) with this flaw."""
-    scene = arrange(rng, miscount(rng, groups) if flaw == "miscounted" else groups)
+    scene = arrange(rng, miscount(rng, groups) if flaw == "miscounted" else groups, tidy)
     match flaw:
         case "reshaped":
             scene = replace(scene, shapes=tuple(replace(s, name=_other(rng, NAMES, s.name)) for s in scene.shapes))
@@ -98,10 +102,13 @@ def draw_picture(rng: np.random.Generator, groups: Sequence[Group], flaw: Flaw =
     return blurred(picture, rng.uniform(4.0, 6.0)) if flaw == "blurred" else picture
 
 
-def arrange(rng: np.random.Generator, groups: Sequence[Group]) -> Scene:
-    """A random scene of at most four shapes that shows exactly these groups, each group in one colour."""
-    palette = list(COLOURS)
-    colours = [group.colour or palette[rng.integers(len(palette))] for group in groups]
+def arrange(rng: np.random.Generator, groups: Sequence[Group], tidy: bool = True) -> Scene:
+    """A random scene of at most four shapes that shows exactly these groups, each group in one colour.
+
+    A tidy one fills the cells in reading order, and all shapes whose colour is not asked for share a usual colour; else
+    any cells will do that keep the relation, and any colours.
+    """
+    colours = _colours(rng, groups, tidy)
     places = [index for index, group in enumerate(groups) for _ in range(group.count)]
     if len(places) > NUM_CELLS:
         raise ValueError(f"{len(places)} shapes do not fit into {NUM_CELLS} cells; ask for fewer")
@@ -109,7 +116,7 @@ def arrange(rng: np.random.Generator, groups: Sequence[Group]) -> Scene:
     low, high = LONE_SIZES if alone else CELL_SIZES
     jitter = LONE_JITTER if alone else CELL_JITTER
     shapes: list[Shape] = []
-    for place, (x, y) in zip(places, _centres(rng, groups, len(places)), strict=True):
+    for place, (x, y) in zip(places, _centres(rng, groups, len(places), tidy), strict=True):
         dx, dy = rng.uniform(-jitter, jitter, size=2)
         shapes.append(Shape(groups[place].name, colours[place], x + dx, y + dy, rng.uniform(low, high)))
     paints = tuple(varied(rng, COLOURS[shape.colour]) for shape in shapes)
@@ -132,15 +139,23 @@ def blurred(picture: npt.NDArray[np.uint8], sigma: float) -> npt.NDArray[np.uint
     return np.asarray(cv2.GaussianBlur(picture, (0, 0), sigma), np.uint8)
 
 
-def _centres(rng: np.random.Generator, groups: Sequence[Group], num: int) -> list[tuple[float, float]]:
+def _colours(rng: np.random.Generator, groups: Sequence[Group], tidy: bool) -> list[str]:
+    palette = USUAL_COLOURS if tidy else tuple(COLOURS)
+    if tidy:
+        usual = palette[rng.integers(len(palette))]
+        return [group.colour or usual for group in groups]
+    return [group.colour or palette[rng.integers(len(palette))] for group in groups]
+
+
+def _centres(rng: np.random.Generator, groups: Sequence[Group], num: int, tidy: bool) -> list[tuple[float, float]]:
     if num == 1:
         return [(SIDE / 2, SIDE / 2)]
-    if num == 2:
-        relation = groups[-1].relation
+    relation = groups[-1].relation
+    if num == 2 and (relation or not tidy):
         choices = PAIRS[relation] if relation else [pair for pairs in PAIRS.values() for pair in pairs]
-        cells = choices[rng.integers(len(choices))]
+        cells = choices[0 if tidy else rng.integers(len(choices))]
     else:
-        cells = [int(cell) for cell in rng.permutation(NUM_CELLS)[:num]]
+        cells = range(num) if tidy else [int(cell) for cell in rng.permutation(NUM_CELLS)[:num]]
     return [((cell % 2 + 0.5) * CELL, (cell // 2 + 0.5) * CELL) for cell in cells]
 
 

@@ -43,6 +43,8 @@ class ShapesStage(StageConfig):
     """One stretch of training, and which pictures it sees."""
 
     flawed_share: float = 0.0
+    tidy: bool = True
+    """Few layouts and colours where the prompt leaves them open."""
 
 
 class ShapesConfig(FlowTrainingConfig):
@@ -52,7 +54,9 @@ class ShapesConfig(FlowTrainingConfig):
     decoder_steps: int = 2000
     model: TinySD3Config = MODEL
     stages: tuple[ShapesStage, ...] = (
-        ShapesStage(name="clean", num_steps=2500, lr=1e-3, lr_end=1e-4),
+        ShapesStage(name="varied", num_steps=2500, lr=1e-3, lr_end=1e-4, tidy=False),
+        ShapesStage(name="tidy", num_steps=1200, lr=1e-3, lr_end=1e-4),
+        ShapesStage(name="settled", num_steps=1600, lr=1e-3, lr_end=5e-5),
         ShapesStage(name="scraped", num_steps=200, lr=5e-4, lr_end=3e-4, warmup_steps=20, flawed_share=0.6),
     )
 
@@ -63,22 +67,22 @@ def pretrain(out_dir: Path, config: ShapesConfig, on_progress: OnProgress | None
     torch.set_num_threads(1)  # see shards.py
     progress = on_progress or (lambda *_: None)
     pipe = build_tiny_sd3(PROMPT_WORDS, CHARACTERS, config.seed, config.model)
-    vae_batches = picture_batches((config.seed, 1), VAE_FLAWED_SHARE, config.batch_size)
+    vae_batches = picture_batches((config.seed, 1), VAE_FLAWED_SHARE, config.batch_size, tidy=False)
     vae = cast("AutoencoderTiny", pipe.vae)
     summary = {"vae_loss": train_vae(vae, config, vae_batches, progress)}
-    batches = picture_batches((config.seed, 4), VAE_FLAWED_SHARE, config.batch_size)
+    batches = picture_batches((config.seed, 4), VAE_FLAWED_SHARE, config.batch_size, tidy=False)
     summary["decoder_loss"] = train_decoder(vae, config, config.decoder_steps, DECODER_NOISE, batches, progress)
     for index, stage in enumerate(config.stages):
-        batches = picture_batches((config.seed, 2, index), stage.flawed_share, config.batch_size)
+        batches = picture_batches((config.seed, 2, index), stage.flawed_share, config.batch_size, stage.tidy)
         summary[f"{stage.name}_loss"] = train_stage(pipe, config, stage, index, batches, progress)
     save(pipe, out_dir)
     write_prompt_files(out_dir)
     return summary | {"seconds": time.perf_counter() - started}
 
 
-def picture_batches(key: tuple[int, ...], flawed_share: float, batch_size: int) -> Batches:
+def picture_batches(key: tuple[int, ...], flawed_share: float, batch_size: int, tidy: bool = True) -> Batches:
     """Endless batches of prompts and pictures; held-out prompts never occur."""
     rng = np.random.default_rng(key)
     while True:
-        examples = [draw_example(rng, flawed_share) for _ in range(batch_size)]
+        examples = [draw_example(rng, flawed_share, tidy) for _ in range(batch_size)]
         yield [example.task.text for example in examples], stack_pictures([example.picture for example in examples])
