@@ -45,8 +45,8 @@ OVERRIDES: Mapping[str, Sequence[str]] = {
 """What an algorithm needs beside the configuration."""
 _ABOUT = """What `docs/reward_gap.md` explains, measured on the glyphs task. The gap is noisy minus noiseless held-out
 reward at the stochasticity that was trained at; intervals are 95 % t-intervals over seeds. An eta of 0 has no density
-and cannot be trained at: it is the ODE of every evaluation. This checks the direction of arXiv 2510.10767, not its
-numbers."""
+and cannot be trained at: it is the ODE of every evaluation. A gap narrows as it moves from where it began towards 0
+and beyond. This checks the direction of arXiv 2510.10767, not its numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One algorithm at one stochasticity: intervals over seeds. `narrowing` is how much nearer to 0 the gap came."""
+    """One algorithm at one stochasticity: intervals over seeds. `narrowing`: how far the gap moved towards 0."""
 
     algorithm: str
     eta: float
@@ -216,8 +216,9 @@ def markdown(runs: Sequence[Finished], settings: Mapping[str, Any], picture: str
         "|---|---|---|---|---|---|---|---|",
     ]
     for arm in arms(runs):
-        cells = (arm.ode_before, arm.ode_after, arm.ode_gain, arm.gap_before, arm.gap_after, arm.narrowing)
-        lines.append(f"| {arm.algorithm} | {arm.eta:g} | {' | '.join(_cell(one) for one in cells)} |")
+        levels = [_cell(one).removeprefix("+") for one in (arm.ode_before, arm.ode_after)]
+        changes = [_cell(one) for one in (arm.ode_gain, arm.gap_before, arm.gap_after, arm.narrowing)]
+        lines.append(f"| {arm.algorithm} | {arm.eta:g} | {' | '.join((*levels, *changes))} |")
     seconds = statistics.median(run.train_s for run in runs)
     lines += [
         "",
@@ -258,7 +259,7 @@ def main() -> None:
     parser.add_argument("--algorithms", nargs="+", default=tuple(OVERRIDES), choices=tuple(OVERRIDES))
     parser.add_argument("--etas", nargs="+", type=float, default=(0.5, 1.0, 1.5), help="training stochasticities")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1")
-    parser.add_argument("--steps", type=int, default=25, help="policy updates per run")
+    parser.add_argument("--steps", type=int, default=20, help="policy updates per run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/reward_gap"), help="folder of the runs")
     parser.add_argument("--report", type=Path, default=None, help="write REPORT.json, REPORT.md and REPORT.png")
