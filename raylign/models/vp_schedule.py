@@ -80,13 +80,18 @@ class VpSchedule:
         return timesteps
 
     def levels(self, num_steps: int, shift: float | None = None) -> torch.Tensor:
-        """See NoiseSchedule. Raises ConfigError for a shift: these models were trained at levels of their own."""
+        """See NoiseSchedule. Raises ConfigError for a shift: these models were trained at levels of their own.
+
+        Where the last step starts at the level that runs end at, DDIM stands still; here it goes to 0 instead, as Euler
+        schedulers do, so that levels always fall.
+        """
         if shift is not None:
             raise ConfigError(
                 f"shift is for flow models; this one has levels of its own, so leave it out (got {shift})"
             )
         chosen = self.training_sigmas[self.timesteps(num_steps)]
-        return torch.cat([chosen, torch.tensor([self.final_sigma], dtype=chosen.dtype)]).float()
+        final = self.final_sigma if self.final_sigma < float(chosen[-1]) else 0.0
+        return torch.cat([chosen, torch.tensor([final], dtype=chosen.dtype)]).float()
 
     def timestep_of(self, sigma_B: torch.Tensor) -> torch.Tensor:
         """The training timestep of each level, (B,) fp32, not truncated: between two of them by their levels t.

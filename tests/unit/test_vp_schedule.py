@@ -11,6 +11,8 @@ import torch
 from raylign.errors import ConfigError, ModelError
 from raylign.models.schedule import final_scale, initial_scale
 from raylign.models.vp_schedule import VpSchedule, read_vp_schedule
+from raylign.samplers import IMAGE_SAMPLERS, make_sampler
+from raylign.samplers.base import Past
 from tests.tiny_stable_diffusion import PUBLISHED_SCHEDULE, ZERO_SNR, ddim
 
 NAME = {"_class_name": "DDIMScheduler"}
@@ -44,9 +46,11 @@ def test_training_levels_are_those_of_diffusers(config: dict[str, Any]) -> None:
 def test_levels_by_hand() -> None:
     # Betas .1, .2, .4: abar .9, .72, .432; t = 1 / (1 + sqrt(abar / (1 - abar))) is 1 / 4, .38409, .53416.
     short = read_vp_schedule(TRAINED | {"set_alpha_to_one": False})
-    expected = torch.tensor([0.53416, 0.38409, 0.25, 0.25])
-    torch.testing.assert_close(short.levels(3), expected, rtol=0, atol=1e-5)
-    assert read_vp_schedule(TRAINED).levels(3)[-1] == 0.0
+    expected = torch.tensor([0.53416, 0.38409, 0.25])
+    torch.testing.assert_close(short.levels(2), torch.tensor([0.38409, 0.25, 0.0]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(short.training_sigmas.flip(0).float(), expected, rtol=0, atol=1e-5)
+    late = read_vp_schedule(TRAINED | {"set_alpha_to_one": False, "timestep_spacing": "trailing"})
+    torch.testing.assert_close(late.levels(1), expected[[0, 2]], rtol=0, atol=1e-5)
 
 
 def test_the_published_schedule_starts_short_of_noise_and_ends_short_of_none() -> None:
@@ -61,6 +65,23 @@ def test_the_published_schedule_starts_short_of_noise_and_ends_short_of_none() -
     assert final_scale(levels) == pytest.approx(math.sqrt(abar_0) + math.sqrt(1 - abar_0), abs=1e-6)
     assert schedule(set_alpha_to_one=True).levels(50)[-1] == 0.0
     assert read_vp_schedule(ZERO_SNR).levels(10)[0] == 1.0
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("config", [PUBLISHED_SCHEDULE, ZERO_SNR, PUBLISHED_SCHEDULE | {"steps_offset": 0}])
+def test_levels_fall_and_every_sampler_walks_them(config: dict[str, Any], spacing: str) -> None:
+    known = read_vp_schedule(config | {"timestep_spacing": spacing})
+    for sampler_config in IMAGE_SAMPLERS:
+        sampler = make_sampler(sampler_config(num_steps=4), known)
+        assert bool((sampler.sigmas_S1.diff() < 0).all())
+        state, past = torch.ones(1, 1, 2, 2), []
+        for step, stochastic in enumerate(sampler.stochastic_S):
+            velocity = 0.5 * state
+            transition = sampler.transition(velocity, state, step, past)
+            assert bool((transition.std_B > 0).all()) or not stochastic
+            past = [Past(state, velocity, torch.ones_like(state) if stochastic else None)]
+            state = transition.mean_BCHW
+            assert bool(torch.isfinite(state).all())
 
 
 def test_every_level_finds_its_timestep_and_none_is_truncated() -> None:
