@@ -126,6 +126,7 @@ def write_report(run_dir: Path) -> Path:
         before_after=inline(run.before_after),
         texts=_texts(run.samples / "before_after.json"),
         frontier=inline(run.samples / "frontier.png"),
+        reward_gap=inline(run.samples / "reward_gap.png"),
         charts=charts,
         more_charts=more_charts,
         samples=_samples(run.samples),

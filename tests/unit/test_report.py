@@ -270,6 +270,12 @@ def test_a_large_picture_is_inlined_smaller(tmp_path: Path) -> None:
     assert len(text) < (tmp_path / "run" / "samples" / "before_after.png").stat().st_size
 
 
+def test_the_reward_gap_is_shown_where_it_was_measured(tmp_path: Path) -> None:
+    assert "Reward gap" not in _Page(_write(tmp_path / "plain", _rows())).headings
+    _picture(tmp_path / "run" / "samples" / "reward_gap.png")
+    assert "Reward gap" in _Page(_write(tmp_path / "run", _rows())).headings
+
+
 def _answer(text: str, good: bool, calls: int) -> dict[str, Any]:
     return {"text": text, "reward": float(good), "good": good, "nfe": calls, "gamma": 0.15}
 
