@@ -85,7 +85,7 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_loaded(tmp_path:
         with pytest.raises(ModelError, match="RLG weight is at least 0"):
             evaluate_target(tmp_path, "quickstart_image", {}, rlg=[weight])
     with pytest.raises(ConfigError, match=r"--plot draws .* give --etas or --rlg as well"):
-        evaluate_target(tmp_path, "sd15_ddpo", {}, plot=tmp_path / "gap.png")
+        evaluate_target(tmp_path, "flux_flow_grpo", {}, plot=tmp_path / "gap.png")
     unfit: list[dict[str, Any]] = [{"rlg": [1.5]}, {"plot": tmp_path / "gap.png"}]
     for options in unfit:
         with pytest.raises(ConfigError, match=r"was given, but this model writes texts"):
