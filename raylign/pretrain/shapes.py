@@ -57,6 +57,7 @@ class ShapesConfig(FlowTrainingConfig):
         ShapesStage(name="varied", num_steps=2500, lr=1e-3, lr_end=1e-4, tidy=False),
         ShapesStage(name="tidy", num_steps=1200, lr=1e-3, lr_end=1e-4),
         ShapesStage(name="settled", num_steps=1600, lr=1e-3, lr_end=5e-5),
+        ShapesStage(name="firm", num_steps=1800, lr=1e-3, lr_end=5e-5),
         ShapesStage(name="scraped", num_steps=200, lr=5e-4, lr_end=3e-4, warmup_steps=20, flawed_share=0.6),
     )
 
