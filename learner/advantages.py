@@ -158,14 +158,14 @@ def summed_advantages(
     eps: float = STD_EPS,
     unbiased: bool = False,
 ) -> list[Advantage]:
-    """MixGRPO's (2507.21802) credit for several rewards: A = sum of w_k A_k / sum of |w_k|, clipped to ±clip, with
+    """MixGRPO's (2507.21802) credit for several rewards: A = sum of w_k A_k, clipped to ±clip, with
     A_k = (r_k - mean of the group) / (std of the group + eps). As GDPO, without its normalisation over the batch.
 
-    A single reward gives `group_advantages` with std "group".
+    A single reward of weight 1 gives `group_advantages` with std "group".
     """
     return [
         _advantage(
-            _weighed_mean(group, eps, unbiased),
+            _weighed_mean(group, eps, unbiased) * _weight_all(group),
             torch.tensor([sample is not None for sample in group], dtype=torch.bool),
             None,
             clip,

@@ -140,9 +140,10 @@ class RewardSample:
 
 @dataclass(frozen=True, slots=True)
 class LatentTrajectory:
-    """What an image sampler recorded for G siblings; all fp32 on the CPU.
+    """What an image sampler recorded for G siblings; fp32 on the CPU, but for states that were rounded to bf16.
 
-    final_GCHW: the last state. states_GS1CHW: every state, from noise to final (only if STEPS is needed).
+    final_GCHW: the last state. states_GS1CHW: every state, from noise to final (only if STEPS is needed), in the format
+    of `rollout.latents`.
     rollout_logprob_GS: mean over latent dims of each step's log-prob; 0 for a step without a density (only if LOGPROBS
     is needed).
     sigmas_S1: the noise levels of the states, falling.

@@ -29,7 +29,7 @@ _PROBE_SIGMAS = (0.95, 0.5, 0.05)
 class SamplerSetup:
     """An image sampler, its guidance, and what of a trajectory to keep.
 
-    latents: every state after the first is rounded to this format, before it is used, scored or stored.
+    latents: every state is rounded to this format before it is used, scored or stored.
     """
 
     sampler: Sampler
@@ -131,7 +131,7 @@ def denoise(
     sampler, device, num_steps = setup.sampler, policy.device, len(setup.sampler.stochastic_S)
     mask_S = sampler.stochastic_S if stochastic_S is None else tuple(stochastic_S)
     noise = normal(sample_generators(_latent_keys(sampler, keys), "latent"), policy.latent_shape)
-    state = noise.to(device) * initial_scale(sampler.sigmas_S1)
+    state = _rounded(noise.to(device) * initial_scale(sampler.sigmas_S1), setup.latents)
     step_noise = sample_generators(keys, "sde") if any(mask_S) else []
     states, logprobs = [state], []
     past: list[Past] = []
@@ -143,11 +143,8 @@ def denoise(
             transition = ode_transition(sampler.sigmas_S1, velocity, state, step)
         else:
             transition = sampler.transition(velocity, state, step, past)
-        past = [*past, Past(state, velocity, added)][-sampler.config.history :] if sampler.config.history else []
-        state = transition.mean_BCHW if added is None else transition.sample(added)
-        if setup.latents != "fp32":
-            # Both log-probs, the rollout's and the learner's, are then of the very value that is stored.
-            state = state.to(DTYPES[setup.latents]).float()
+        past = [*past, Past(state, velocity)][-sampler.config.history :] if sampler.config.history else []
+        state = _rounded(transition.mean_BCHW if added is None else transition.sample(added), setup.latents)
         if Needs.LOGPROBS in setup.needs:
             logprobs.append(torch.zeros(len(keys)) if added is None else transition.logprob(state).cpu())
         if Needs.STEPS in setup.needs:
@@ -155,10 +152,17 @@ def denoise(
     return LatentTrajectory(
         final_GCHW=(state * final_scale(sampler.sigmas_S1)).cpu(),
         sigmas_S1=sampler.sigmas_S1,
-        states_GS1CHW=torch.stack(states, dim=1).cpu() if Needs.STEPS in setup.needs else None,
+        states_GS1CHW=torch.stack(states, dim=1).to(DTYPES[setup.latents]).cpu()
+        if Needs.STEPS in setup.needs
+        else None,
         rollout_logprob_GS=torch.stack(logprobs, dim=1) if logprobs else None,
         stochastic_S=torch.tensor(mask_S),
     )
+
+
+def _rounded(state: torch.Tensor, latents: Precision) -> torch.Tensor:
+    """What the format can hold, in fp32: both log-probs, rollout's and learner's, are of the value that is stored."""
+    return state if latents == "fp32" else state.to(DTYPES[latents]).float()
 
 
 def _latent_keys(sampler: Sampler, keys: Sequence[SampleKey]) -> Sequence[SampleKey]:

@@ -255,7 +255,14 @@ class RunConfig(Config):
             raise ValueError("eval.sampler and eval.gammas are for text models; pictures have eval.num_steps")
         self._check_stochasticities()
         if isinstance(self.algorithm, ImageAlgorithmConfig) and isinstance(self.sampler, ImageSamplerConfig):
-            check_image_run(self.algorithm, self.sampler, self.rollout.latents, self.group_size)
+            check_image_run(
+                self.algorithm,
+                self.sampler,
+                self.rollout.latents,
+                self.group_size,
+                self.max_staleness,
+                self.learner.num_updates,
+            )
 
     def _check_stochasticities(self) -> None:
         if self.modality == "text" and (self.eval.etas or self.eval.eta_steps):

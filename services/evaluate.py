@@ -26,7 +26,6 @@ from raylign.config import load_config, parse_config
 from raylign.errors import ConfigError
 from raylign.models import load_policy
 from raylign.models.rlg import RlgPolicy, base_tensors, check_rlg_weight
-from raylign.samplers import FlowSchedule, make_sampler
 from raylign.samplers.gddim import GddimConfig
 from raylign.types import Needs, RolloutGroup
 from raylign.weights import WeightSnapshot, make_snapshot
@@ -216,7 +215,7 @@ def _outcome(way: Way, groups: Sequence[RolloutGroup], before: Sequence[Outcome]
 
 
 def _own_noisy_sampler(config: RunConfig) -> Any:
-    """The rollouts' sampler if it adds noise, else gDDIM at 1, on the evaluation's noise levels.
+    """The rollouts' sampler if its steps have a density, else gDDIM at 1, on the evaluation's noise levels.
 
     Noise comes in every step that can have it: windows and noise that siblings share are there for training.
     """
@@ -227,10 +226,10 @@ def _own_noisy_sampler(config: RunConfig) -> Any:
         "guidance_scale": ode.guidance_scale,
         "shift": ode.shift,
     }
+    if not own.has_density:
+        return GddimConfig(**same)
     kept = own.model_dump(exclude={"window", "shared_noise", "halve_last_level"})
-    noisy: Any = parse_config(type(own), kept | same, "the run's sampler")
-    # Which steps are noisy is the same on any schedule.
-    return noisy if any(make_sampler(noisy, FlowSchedule()).stochastic_S) else GddimConfig(**same)
+    return parse_config(type(own), kept | same, "the run's sampler")
 
 
 def _constant_eta(sampler: Any) -> tuple[float, ...]:

@@ -12,12 +12,18 @@ BF16_LOGPROB_ERROR = 1e-4
 
 
 def check_image_run(
-    algorithm: ImageAlgorithmConfig, sampler: ImageSamplerConfig, latents: Precision, group_size: int
+    algorithm: ImageAlgorithmConfig,
+    sampler: ImageSamplerConfig,
+    latents: Precision,
+    group_size: int,
+    max_staleness: int,
+    num_updates: int,
 ) -> None:
-    """Raise ValueError or ConfigError for an algorithm that cannot learn from such rollouts."""
+    """Raise ValueError or ConfigError for an algorithm that cannot learn from such rollouts in that many updates."""
     name = f"algorithm {getattr(algorithm, 'type', '')!r}"
     algorithm.check_sampler(sampler)
     algorithm.check_group_size(group_size)
+    algorithm.check_updates(max_staleness, num_updates)
     clip = algorithm.smallest_clip
     if Needs.LOGPROBS in algorithm.needs and latents != "fp32" and clip is not None and clip < BF16_LOGPROB_ERROR:
         raise ValueError(

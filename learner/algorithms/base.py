@@ -148,6 +148,10 @@ class ImageAlgorithmConfig(Config):
     def check_sampler(self, sampler: ImageSamplerConfig) -> None:
         """Raise ConfigError, with the remedy, for rollouts the method was not made for; takes all by default."""
 
+    def check_updates(self, max_staleness: int, num_updates: int) -> None:
+        """Raise ConfigError, with the remedy, for samples of an age, or optimiser steps per learner step, that the
+        method has no means against; takes all by default."""
+
     def check_group_size(self, group_size: int) -> None:
         """Raise ConfigError, with the remedy, for groups the method cannot credit; takes all by default."""
 

@@ -27,6 +27,7 @@ from learner.algorithms.base import LossSetting
 from learner.algorithms.step_base import StepAlgorithm, StepAlgorithmConfig
 from learner.losses import KlSpace
 from learner.step_ratio import StepScores
+from raylign.errors import ConfigError
 from raylign.types import Advantage, RolloutGroup
 
 
@@ -50,6 +51,14 @@ class DdpoConfig(StepAlgorithmConfig):
     @property
     def smallest_clip(self) -> float | None:
         return self.clip_range if self.variant == "ppo" else None
+
+    def check_updates(self, max_staleness: int, num_updates: int) -> None:
+        if self.variant == "reinforce" and num_updates > 1:
+            raise ConfigError(
+                f"{self.name} with variant = 'reinforce' weighs no sample by its ratio, so only the first of "
+                f"{num_updates} updates per step is on policy; set learner.updates_per_step = 1 (and epochs_per_step), "
+                "or variant = 'ppo'"
+            )
 
     def num_usable(self, num_steps: int) -> int:
         """All of them."""

@@ -10,8 +10,8 @@ std = S_t sqrt(-dt) is the noise that the step adds. The code takes batch means 
 micro-batch are at one step, so they are the same numbers.
 
 Deviation: the code stores mu_old of every step, as large as the states. Here mu_old is what the policy of the learner
-step's beginning says, which is the rollouts' with `max_staleness = 0`: one more forward per trained step, without
-gradient, from a learner step's second update on.
+step's beginning says, which is the rollouts' (`max_staleness` above 0 is refused): one more forward per trained step,
+without gradient, from a learner step's second update on.
 """
 
 from __future__ import annotations
@@ -42,6 +42,14 @@ class GrpoGuardConfig(StepAlgorithmConfig):
     @property
     def needs(self) -> Needs:
         return super().needs | Needs.OLD
+
+    def check_updates(self, max_staleness: int, num_updates: int) -> None:
+        if max_staleness > 0:
+            raise ConfigError(
+                f"{self.name} removes the bias of moving away from the policy of the learner step's beginning, and "
+                f"with max_staleness = {max_staleness} samples are older policies'; set it to 0, or take "
+                "algorithm.type = 'flow_grpo'"
+            )
 
     def check_sampler(self, sampler: ImageSamplerConfig) -> None:
         super().check_sampler(sampler)

@@ -30,6 +30,7 @@ from raylign.samplers import ImageSamplerConfig, Sampler, num_steps
 from raylign.samplers.base import SdeSamplerConfig
 from raylign.samplers.dance_sde import DanceSdeConfig
 from raylign.samplers.flow_sde import FlowSdeConfig
+from raylign.samplers.gddim import GddimConfig
 from raylign.samplers.window import window_starts
 from raylign.types import Advantage, Needs, RolloutGroup
 
@@ -80,6 +81,10 @@ class StepAlgorithmConfig(ImageAlgorithmConfig):
         name, kind = (
             f"{kind} {getattr(one, 'type', '')!r}" for kind, one in (("algorithm", self), ("sampler", sampler))
         )
+        if isinstance(sampler, GddimConfig) and not sampler.has_density:
+            raise ConfigError(
+                f"{name} scores each step's log-prob, which {kind} has for sampler.eta above 0 only; raise it"
+            )
         if not sampler.has_density:
             raise ConfigError(
                 f"{name} scores each step's log-prob, which the deterministic or multistep {kind} as configured does "

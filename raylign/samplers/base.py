@@ -58,14 +58,10 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """An earlier step, for samplers that look back: where it started, the velocity there, and the noise it added.
-
-    noise_BCHW is None for a deterministic step.
-    """
+    """An earlier step, for samplers that look back: where it started, and the velocity there."""
 
     state_BCHW: torch.Tensor
     velocity_BCHW: torch.Tensor
-    noise_BCHW: torch.Tensor | None = None
 
 
 class ImageSamplerConfig(Config):
@@ -78,7 +74,7 @@ class ImageSamplerConfig(Config):
     shift: float | None = Field(default=None, gt=0)
     """Time shift of the schedule; the model's own when not given."""
     halve_last_level: bool = False
-    """Raise the last level above 0 to half of the one before it, where the schedule's is lower."""
+    """Raise the level before the end to half of the one before it, where the schedule's is lower."""
 
     @property
     def has_density(self) -> bool:
@@ -163,12 +159,12 @@ def predictions(
 
 
 def halve_last_level(sigmas_S1: torch.Tensor) -> torch.Tensor:
-    """The levels with the last one above 0 raised to half of the one before it, if it was lower; a copy.
+    """The levels with the last but one raised to half of the one before it, if it was lower; a copy.
 
     Schedules made as diffusers makes them end .278, .0089, 0 at 10 steps. That one step is as long as several in
     log-SNR: first-order steps err most in it, and multistep solvers carry a line on too far.
     """
     levels_S1 = sigmas_S1.clone()
-    if len(levels_S1) > 3 and float(levels_S1[-1]) == 0:
+    if len(levels_S1) > 3:
         levels_S1[-2] = torch.maximum(levels_S1[-2], levels_S1[-3] / 2)
     return levels_S1

@@ -1,7 +1,7 @@
 """Flow-SDE: the stochastic sampler of Flow-GRPO, with the ODE's marginals in the limit of many steps.
 
 Source: Flow-GRPO (2505.05470), eq. 9 and its `sde_step_with_logprob`. With dt = sigma' - sigma < 0 and
-sigma* = sigma, except that the first level 1 uses the second level (the coefficient is singular at 1):
+sigma* = sigma, except that a first level of 1, or nearly, uses the second level (the coefficient is singular at 1):
 
     s    = a sqrt(sigma / (1 - sigma*))
     mean = x (1 + s^2 / (2 sigma) dt) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt
@@ -18,7 +18,9 @@ import torch
 from pydantic import Field
 
 from raylign.samplers.base import Past, SdeSamplerConfig, Transition
-from raylign.samplers.log_snr import PURE_NOISE
+
+NEARLY_PURE = 0.995
+"""From here on a first level counts as 1: SANA's solver schedules start at .9997, where a / sqrt(1 - sigma) is 38 a."""
 
 
 class FlowSdeConfig(SdeSamplerConfig):
@@ -42,7 +44,7 @@ class FlowSde:
     ) -> Transition:
         sigma = float(self.sigmas_S1[step])
         delta = float(self.sigmas_S1[step + 1]) - sigma
-        regular = float(self.sigmas_S1[1]) if sigma >= PURE_NOISE else sigma
+        regular = float(self.sigmas_S1[1]) if step == 0 and sigma >= NEARLY_PURE else sigma
         noise_scale = self.config.noise_level * math.sqrt(sigma / (1 - regular))
         pull = noise_scale**2 / (2 * sigma) * delta
         push = (1 + noise_scale**2 * (1 - sigma) / (2 * sigma)) * delta

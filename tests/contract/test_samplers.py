@@ -60,7 +60,7 @@ def walk(sampler: Sampler, state: torch.Tensor = STATE, items: slice = slice(Non
         velocity = torch.sin(state * (step + 1))
         noise = torch.randn(STATE.shape, generator=draw)[items]
         transitions.append(sampler.transition(velocity, state, step, past[len(past) - sampler.config.history :]))
-        past.append(Past(state, velocity, noise if sampler.stochastic_S[step] else None))
+        past.append(Past(state, velocity))
         state = transitions[-1].sample(noise)
     return transitions
 

@@ -102,6 +102,18 @@ def test_it_holds_on_an_unshifted_schedule_too(config: ImageSamplerConfig) -> No
     assert relative_std(with_steps(config, 400, shift=1.0)) == pytest.approx(1.0, abs=0.006)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("config", [FlowSdeConfig(), DanceSdeConfig(), GddimConfig(), DpmSolverConfig()], ids=name)
+def test_it_holds_on_levels_that_start_short_of_noise(config: ImageSamplerConfig, shift: float) -> None:
+    # SANA's checkpoints walk these, from .9997 or .999: almost 1 is as singular as 1.
+    few, many = (
+        make_sampler(config.model_copy(update={"num_steps": steps}), FlowSchedule(shift, "solver"))
+        for steps in (10, 200)
+    )
+    assert 0.6 < relative_std(few) < 1.6
+    assert relative_std(many) == pytest.approx(1.0, abs=0.05)
+
+
 @pytest.mark.parametrize("noise_level", [0.1, 0.8, 1.0])
 def test_cps_never_holds_more_noise_than_the_level_and_has_no_limit(noise_level: float) -> None:
     config = CpsConfig(noise_level=noise_level)

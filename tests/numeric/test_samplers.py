@@ -198,7 +198,7 @@ def test_sa_solver_takes_awms_loop_with_the_predictor_and_corrector_of_diffusers
         )
         ours = sampler.transition(velocity, predicted, step, past).sample(noise.float())
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-5)
-        past = [*past, Past(predicted, velocity, noise)][-2:]
+        past = [*past, Past(predicted, velocity)][-2:]
         predicted = theirs
 
 

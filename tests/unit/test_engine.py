@@ -14,7 +14,7 @@ from raylign.samplers.euler_ode import EulerOdeConfig
 from raylign.samplers.flow_sde import FlowSdeConfig
 from raylign.samplers.gddim import GddimConfig
 from raylign.samplers.low_confidence import LowConfidenceConfig
-from raylign.types import Needs, Prompt, RolloutStatus
+from raylign.types import Needs, Prompt, RolloutStatus, SampleKey
 from rollout.engine import (
     ChunkRequest,
     EvalPoint,
@@ -25,7 +25,7 @@ from rollout.engine import (
     chunk_requests,
     join_parts,
 )
-from rollout.images import sampler_at
+from rollout.images import denoise, sampler_at
 from rollout.prompts import GroupTask
 from tests.fakes import TwoNumberPolicy
 from tests.toy_text import ToyTextPolicy
@@ -211,6 +211,29 @@ def test_steps_alone_are_those_of_the_slots_own_sampler() -> None:
     (group,) = engine.generate(ChunkRequest((ONE,), (0,), "eval", EvalPoint(eta=1.0, num_steps=5)))
     assert group.latents.stochastic_S is not None
     assert group.latents.stochastic_S.tolist() == [True] * 4 + [False]
+
+
+def test_states_of_bf16_latents_take_half_the_bytes_and_are_what_was_scored() -> None:
+    needs = Needs.STEPS | Needs.LOGPROBS
+    sampler = make_sampler(FlowSdeConfig(num_steps=4), FlowSchedule(1.0))
+    policy, keys = TwoNumberPolicy(), [SampleKey(0, "p", 0, index) for index in range(3)]
+    told = policy.encode("ab", False).repeat(3)
+    exact, rounded = (
+        denoise(policy, SamplerSetup(sampler, 1.0, needs, latents), told, keys) for latents in ("fp32", "bf16")
+    )
+    states, halved = exact.states_GS1CHW, rounded.states_GS1CHW
+    assert states is not None
+    assert halved is not None
+    assert halved.dtype == torch.bfloat16
+    assert halved.nbytes * 2 == states.nbytes
+    assert torch.equal(halved[:, 0], states[:, 0].bfloat16())
+    assert torch.equal(rounded.final_GCHW, halved[:, -1].float())
+    state, after = halved[:, 1].float(), halved[:, 2].float()
+    with torch.no_grad():
+        velocity = policy.predict(state, sampler.sigmas_S1[1].expand(3), told)
+    logprob = sampler.transition(velocity, state, 1).logprob(after)
+    assert rounded.rollout_logprob_GS is not None
+    assert torch.equal(logprob, rounded.rollout_logprob_GS[:, 1])
 
 
 def test_stochasticity_changes_neither_guidance_nor_noise_levels() -> None:

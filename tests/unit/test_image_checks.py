@@ -45,7 +45,7 @@ def test_published_settings_pass(algorithm: dict[str, Any], sampler: dict[str, A
         ("flow_grpo", {"type": "euler_ode"}, "set sampler.type = 'flow_sde'"),
         ("flow_grpo", {"type": "dpm_solver"}, "set sampler.type = 'flow_sde'"),
         ("dance_grpo", {"type": "euler_ode"}, "set sampler.type = 'dance_sde'"),
-        ("ddpo", {"type": "gddim", "eta": 0.0}, "set sampler.type = 'gddim'"),
+        ("ddpo", {"type": "gddim", "eta": 0.0}, r"sampler\.eta above 0 only; raise it"),
         ("ddpo", {"type": "gddim", "eta": -0.5}, "stochasticity cannot be negative"),
         # A window is what these train.
         ("flow_grpo_fast", {"type": "cps", "num_steps": 10}, "strategy = 'random', size = 3, last = 4"),
@@ -101,6 +101,18 @@ def test_a_group_must_hold_the_siblings_that_are_chosen_from_it() -> None:
         run(algorithm, sampler, group_size=6)
     with pytest.raises(ValueError, match="multiple of 2"):
         run(algorithm | {"train_best_worst": 3}, sampler)
+
+
+def test_samples_and_updates_that_a_method_has_no_means_against_are_refused() -> None:
+    assert run({"type": "grpo_guard"}, SDE, learner={"updates_per_step": 2})
+    assert run({"type": "flow_grpo"}, SDE, max_staleness=1)
+    with pytest.raises(ValueError, match=r"max_staleness = 1 samples are older policies'; set it to 0"):
+        run({"type": "grpo_guard"}, SDE, max_staleness=1)
+    reinforce = {"type": "ddpo", "variant": "reinforce"}
+    assert run(reinforce, {"type": "gddim"})
+    for learner in ({"updates_per_step": 2}, {"epochs_per_step": 2}):
+        with pytest.raises(ValueError, match=r"only the first of 2 updates per step is on policy"):
+            run(reinforce, {"type": "gddim"}, learner=learner)
 
 
 @pytest.mark.parametrize(

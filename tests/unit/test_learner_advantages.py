@@ -221,10 +221,13 @@ def test_small_groups_are_compared_with_the_whole_step() -> None:
 
 
 def test_summed_credit_adds_rewards_that_were_normalised_each() -> None:
-    # a: 1, 2, 3 and b: 30, 10, 20 become -1, 0, 1 and 1, -1, 0; weights 3 and 1 give (3 a + b) / 4.
-    group = [{"a": (a, 3.0), "b": (b, 1.0)} for a, b in ((1.0, 30.0), (2.0, 10.0), (3.0, 20.0))]
+    # a: 1, 2, 3 and b: 30, 10, 20 become -1, 0, 1 and 1, -1, 0; weights .75 and .25 give .75 a + .25 b.
+    group = [{"a": (a, 0.75), "b": (b, 0.25)} for a, b in ((1.0, 30.0), (2.0, 10.0), (3.0, 20.0))]
     (advantage,) = summed_advantages([group], eps=1e-8, unbiased=True)
     assert advantage.adv_G.tolist() == pytest.approx([-0.5, -0.25, 0.75])
+    doubled = [{name: (value, 2 * weight) for name, (value, weight) in sample.items()} for sample in group]
+    (twice,) = summed_advantages([doubled], eps=1e-8, unbiased=True)
+    assert twice.adv_G.tolist() == pytest.approx([-1.0, -0.5, 1.5])
     (clipped,) = summed_advantages([group], clip=0.6, eps=1e-8, unbiased=True)
     assert clipped.adv_G.tolist() == pytest.approx([-0.5, -0.25, 0.6])
     # Normalised over the batch of this one group after that, it is GDPO's.
@@ -233,8 +236,8 @@ def test_summed_credit_adds_rewards_that_were_normalised_each() -> None:
     assert gdpo.adv_G.tolist() == pytest.approx([value / spread for value in (-0.5, -0.25, 0.75)])
 
 
-def test_one_reward_of_any_weight_summed_is_group_scaling() -> None:
-    group = [None, *({"a": (value, 7.0)} for value in (1.0, 4.0, 5.0))]
+def test_one_reward_summed_is_group_scaling() -> None:
+    group = [None, *({"a": (value, 1.0)} for value in (1.0, 4.0, 5.0))]
     (summed,) = summed_advantages([group])
     (alone,) = group_advantages([[None, 1.0, 4.0, 5.0]], "group")
     assert summed.valid_G.tolist() == alone.valid_G.tolist()

@@ -192,7 +192,9 @@ def test_the_last_level_is_halved_only_where_it_is_lower_and_in_a_copy() -> None
     levels = torch.tensor([1.0, 0.5, 0.01, 0.0])
     assert halve_last_level(levels).tolist() == [1.0, 0.5, 0.25, 0.0]
     assert float(levels[2]) == pytest.approx(0.01)
-    for untouched in ([1.0, 0.5, 0.4, 0.0], [0.9, 0.5, 0.1, 0.02], [1.0, 0.01, 0.0], [1.0, 0.0]):
+    # Stable Diffusion 1.5 ends short of 0, and just as steeply.
+    assert halve_last_level(torch.tensor([0.9, 0.5, 0.0625, 0.03125])).tolist()[1:] == [0.5, 0.25, 0.03125]
+    for untouched in ([1.0, 0.5, 0.4, 0.0], [0.9, 0.5, 0.25, 0.02], [1.0, 0.01, 0.0], [1.0, 0.0]):
         assert torch.equal(halve_last_level(torch.tensor(untouched)), torch.tensor(untouched))
     sampler = make_sampler(SaSolverConfig(), FlowSchedule(3.0))
     assert float(sampler.sigmas_S1[-2]) == pytest.approx(float(sampler.sigmas_S1[-3]) / 2)

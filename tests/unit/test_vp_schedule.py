@@ -79,7 +79,7 @@ def test_levels_fall_and_every_sampler_walks_them(config: dict[str, Any], spacin
             velocity = 0.5 * state
             transition = sampler.transition(velocity, state, step, past)
             assert bool((transition.std_B > 0).all()) or not stochastic
-            past = [Past(state, velocity, torch.ones_like(state) if stochastic else None)]
+            past = [Past(state, velocity)]
             state = transition.mean_BCHW
             assert bool(torch.isfinite(state).all())
 
