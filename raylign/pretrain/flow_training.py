@@ -147,8 +147,9 @@ def vae_loss(vae: AutoencoderTiny, images: torch.Tensor, noise_seed: int) -> tor
     """Reconstruction of pictures B,3,H,W through noisy latents, plus the moment penalty."""
     latents = encode_images(vae, images)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(noise_seed))
+    picture = picture_loss(vae, latents + 0.1 * noise, images)
     moments = latents.mean((0, 2, 3)).square().mean() + (latents.std((0, 2, 3)) - 1).square().mean()
-    return picture_loss(vae, latents + 0.1 * noise, images) + 0.05 * moments
+    return picture + 0.05 * moments
 
 
 def train_stage(

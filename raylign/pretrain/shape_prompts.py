@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import permutations, product
+from itertools import permutations, product, zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -128,9 +128,13 @@ def split_tasks() -> tuple[dict[Tag, tuple[ShapeTask, ...]], dict[Tag, tuple[Sha
 
 
 def write_prompt_files(out_dir: Path) -> None:
-    """`prompts_train.jsonl` and `prompts_heldout.jsonl`: id, prompt and metadata per line."""
+    """`prompts_train.jsonl` and `prompts_heldout.jsonl`: id, prompt and metadata per line, the kinds in turn.
+
+    In turn, because reports show the first prompts of a file.
+    """
     for name, tasks in zip(("train", "heldout"), split_tasks(), strict=True):
-        chosen = [task for tag in TAGS for task in tasks[tag][:MAX_TRAIN_PER_TAG]]
+        rounds = zip_longest(*(tasks[tag][:MAX_TRAIN_PER_TAG] for tag in TAGS))
+        chosen = [task for turn in rounds for task in turn if task is not None]
         lines = (prompt_record(task, f"{task.tag}-{index:04d}") for index, task in enumerate(chosen))
         path = out_dir / f"prompts_{name}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

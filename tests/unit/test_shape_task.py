@@ -115,7 +115,7 @@ def test_prompt_files_are_what_a_run_reads(tmp_path: Path) -> None:
     assert len(train) == 237
     assert len(held_out) == 64
     for found in (train, held_out):
-        assert {str(prompt.metadata["tag"]) for prompt in found} == set(prompts.TAGS)
+        assert [str(prompt.metadata["tag"]) for prompt in found[:6]] == list(prompts.TAGS)
         for prompt in found:
             assert text_of(parse_task(prompt, prompts.NAMES)) == prompt.text
 
