@@ -44,10 +44,13 @@ from services.config import read_resolved_config
 
 ROOT = Path(__file__).parents[1]
 ALGORITHMS = (
-    *("nft", "awm", "crd", "crd_free"),
+    *("nft", "awm", "crd", "crd_free", "crd_anchored"),
     *("flow_grpo", "flow_grpo_fast", "grpo_guard", "mix_grpo", "dance_grpo", "ddpo"),
 )
-VARIANTS: Mapping[str, tuple[str, Sequence[str]]] = {"crd_free": ("crd", ("--algorithm.kl_weight", "0.0"))}
+VARIANTS: Mapping[str, tuple[str, Sequence[str]]] = {
+    "crd_free": ("crd", ("--algorithm.kl_weight", "0.0")),
+    "crd_anchored": ("crd", ("--algorithm.kl_weight", "1.0", "--algorithm.kl_guidance", "1.0")),
+}
 """Presets with a change."""
 TASKS: Mapping[str, str] = {"glyphs": "quickstart_image", "shapes": "quickstart_shapes"}
 WANTED: Mapping[str, float] = {"glyphs": 0.8, "shapes": 0.6}
@@ -178,7 +181,7 @@ def table(runs: Sequence[Mapping[str, Any]], seconds: float) -> str:
         of_task = [run for run in runs if run["task"] == task]
         held_out = [name for name in of_task[0]["curve"][0] if name in ("glyph_pixels", "sharpness", "palette")]
         titles = ["held-out reward", f"after {seconds:g} s", f"samples to {WANTED[task]}", f"seconds to {WANTED[task]}"]
-        titles += [*held_out, "diversity", "drift"]
+        titles += [*held_out, "diversity", "drift", f"drift at {WANTED[task]}"]
         lines += [f"**{task}**", "", f"| algorithm | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
         for algorithm in dict.fromkeys(run["algorithm"] for run in of_task):
             mine = [run for run in of_task if run["algorithm"] == algorithm]
@@ -187,7 +190,9 @@ def table(runs: Sequence[Mapping[str, Any]], seconds: float) -> str:
                 reached = [run[name] for run in mine if run[name] is not None]
                 cells.append(_reached(reached, len(mine)))
             cells += [_change(mine, name) for name in (*held_out, "diversity")]
-            cells.append(_spread([run["curve"][-1]["drift"] for run in mine], 3))
+            cells.append(_spread([run["curve"][-1]["drift"] for run in mine]))
+            there = [run["drift_at_wanted"] for run in mine if run["drift_at_wanted"] is not None]
+            cells.append(_spread(there) if there else "–")
             lines.append(f"| `{algorithm}` | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
