@@ -26,6 +26,7 @@ from raylign.config import load_config, parse_config
 from raylign.errors import ConfigError
 from raylign.models import load_policy
 from raylign.models.rlg import RlgPolicy, base_tensors, check_rlg_weight
+from raylign.samplers.base import SdeSamplerConfig
 from raylign.samplers.gddim import GddimConfig
 from raylign.types import Needs, RolloutGroup
 from raylign.weights import WeightSnapshot, make_snapshot
@@ -226,7 +227,7 @@ def _own_noisy_sampler(config: RunConfig) -> Any:
         "guidance_scale": ode.guidance_scale,
         "shift": ode.shift,
     }
-    if not own.has_density:
+    if not isinstance(own, SdeSamplerConfig) or not own.has_density:
         return GddimConfig(**same)
     kept = own.model_dump(exclude={"window", "shared_noise", "halve_last_level"})
     return parse_config(type(own), kept | same, "the run's sampler")
