@@ -15,6 +15,7 @@ Differences within the seeds' spread are none.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import itertools
 import json
@@ -25,7 +26,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,10 @@ from learner.state import policy_tensors
 from raylign.assets import resolve
 from raylign.keys import normal, sample_generators
 from raylign.models import DenoisingPolicy, load_policy
-from raylign.models.base import join_conditioning
+from raylign.models.base import Conditioning, join_conditioning
 from raylign.types import SampleKey
 from rollout.prompts import load_prompts
-from services.config import read_resolved_config
+from services.config import load_run_config
 
 ROOT = Path(__file__).parents[1]
 ALGORITHMS = (
@@ -110,7 +111,7 @@ def read(job: Job, run_dir: Path) -> dict[str, Any]:
         }
         for row in evals
     ]
-    for point, drift in zip(curve, drifts(run_dir), strict=True):
+    for point, drift in zip(curve, drifts(job, run_dir), strict=True):
         point["drift"] = drift
     return {
         "algorithm": job.algorithm,
@@ -142,35 +143,49 @@ def at(curve: Sequence[Mapping[str, float]], seconds: float) -> float:
     return curve[-1]["mean"]
 
 
-def drifts(run_dir: Path) -> list[float]:
-    """Mean squared difference of the velocities from the base model's, at the start and at each checkpoint.
+@dataclass(frozen=True, slots=True)
+class Yardstick:
+    """A base model with places that it knows, and its answers there, (T, N, C, H, W)."""
 
-    On held-out prompts, at states x = (1 - t) x0 + t eps of five levels t, where x0 is the base model's own clean
-    prediction from noise: places that the base knows.
-    """
-    config = read_resolved_config(run_dir / "config.toml")
+    policy: DenoisingPolicy
+    told: Conditioning
+    states: Sequence[torch.Tensor]
+    base: torch.Tensor
+
+    def answers(self) -> torch.Tensor:
+        """The velocities of whatever weights the policy holds."""
+        levels = zip(DRIFT_SIGMAS, self.states, strict=True)
+        with torch.no_grad():
+            asked = [self.policy.predict(x, torch.full((len(x),), sigma), self.told) for sigma, x in levels]
+        return torch.stack(asked)
+
+
+@functools.cache
+def yardstick(config_file: str) -> Yardstick:
+    """On held-out prompts, at x = (1 - t) x0 + t eps of five levels t; x0 is what the base makes of noise at once."""
+    config = load_run_config(config_file)
     policy: DenoisingPolicy = load_policy(config.model, "rollout")  # type: ignore[arg-type]  # pictures only
     prompts = load_prompts(resolve(str(config.prompts.heldout)), config.prompts.fields)[:DRIFT_PROMPTS]
     told = join_conditioning([policy.encode(prompt.text, False) for prompt in prompts])
     keys = [SampleKey(0, prompt.id, -1, 0) for prompt in prompts]
     first, second = (normal(sample_generators(keys, name), policy.latent_shape) for name in ("drift_a", "drift_b"))
-
-    def answers() -> torch.Tensor:
-        found: list[torch.Tensor] = []
-        for sigma, state in zip(DRIFT_SIGMAS, states, strict=True):
-            found.append(policy.predict(state, torch.full((len(keys),), sigma), told))
-        return torch.stack(found)
-
     with torch.no_grad():
         clean = first - policy.predict(first, torch.ones(len(keys)), told)
-        states = [(1 - sigma) * clean + sigma * second for sigma in DRIFT_SIGMAS]
-        base = answers()
-        found = [0.0]
-        for folder in list_checkpoints(run_dir / "checkpoints"):
-            tensors = policy_tensors(load_checkpoint(folder).state)
-            for name, parameter in policy.trainable_parameters().items():
+    states = [(1 - sigma) * clean + sigma * second for sigma in DRIFT_SIGMAS]
+    stick = Yardstick(policy, told, states, torch.empty(0))
+    return replace(stick, base=stick.answers())
+
+
+def drifts(job: Job, run_dir: Path) -> list[float]:
+    """Mean squared difference of the velocities from the base model's, at the start and at each checkpoint."""
+    stick = yardstick(TASKS[job.task])
+    found = [0.0]
+    for folder in list_checkpoints(run_dir / "checkpoints"):
+        tensors = policy_tensors(load_checkpoint(folder).state)
+        with torch.no_grad():
+            for name, parameter in stick.policy.trainable_parameters().items():
                 parameter.copy_(tensors[name])
-            found.append(float(((answers() - base) ** 2).mean()))
+        found.append(float(((stick.answers() - stick.base) ** 2).mean()))
     return found
 
 
@@ -231,7 +246,7 @@ def plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     algorithms = list(dict.fromkeys(run["algorithm"] for run in runs))
     axes_names = (("samples", "samples drawn"), ("seconds", "seconds of training"), ("drift", "drift from the base"))
     figure, grid = plt.subplots(len(tasks), 3, figsize=(16, 4.6 * len(tasks)), squeeze=False, sharey="row")
-    colours = plt.get_cmap("tab10")
+    colours = plt.get_cmap("tab20")
     for row, task in enumerate(tasks):
         for column, (name, label) in enumerate(axes_names):
             axis = grid[row][column]
@@ -242,7 +257,7 @@ def plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
                     axis.plot(
                         [point[name] for point in curve],
                         [point["mean"] for point in curve],
-                        color=colours(index % 10),
+                        color=colours(2 * index % 20 + index // 10),
                         alpha=0.85,
                         linewidth=1.4,
                         label=title,
