@@ -61,8 +61,15 @@ def _start(run_dir: Path, how: str) -> subprocess.Popen[str]:
     )
 
 
+def _is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _alive(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    return [pid for pid in pids if _is_alive(pid)]
 
 
 def _gone(pids: list[int], timeout_s: float = 20.0) -> bool:
@@ -74,7 +81,10 @@ def _gone(pids: list[int], timeout_s: float = 20.0) -> bool:
 
 def _is_agent(pid: int) -> bool:
     """Ray's two agents of a node wait a minute for a cluster that is gone, then end by themselves."""
-    return psutil.Process(pid).name() in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    try:
+        return psutil.Process(pid).name() in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.service
