@@ -22,8 +22,6 @@ from raylign.types import RolloutGroup
 from rollout.drawn import AS_CONFIGURED, EvalPoint
 
 CONFIDENCE = 0.95
-_T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t at .975 for 1 to 10 degrees of freedom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +62,10 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def t_quantile(freedom: int) -> float:
-    """Student's t at .975; above 10 degrees of freedom by its expansion about the normal's, good to four digits."""
-    if freedom <= len(_T_QUANTILES):
-        return _T_QUANTILES[freedom - 1]
-    z = statistics.NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
+    """Student's t at .975, so that CONFIDENCE lies between it and its negative."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 0.5 + CONFIDENCE / 2))
 
 
 def prompt_means(groups: Sequence[RolloutGroup]) -> dict[str, float]:
