@@ -7,37 +7,24 @@ parameters for the length of one forward without gradient: no copy, and no secon
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 
 from raylign.errors import WeightError
 from raylign.models.base import Conditioning, guided_velocity
+from raylign.models.swapping import PolicyTensors, Trainable, clone_tensors, using
 from raylign.models.tokens import TokenPrediction, TokenPrompts
 from raylign.precision import Precision, autocast
 from raylign.types import Needs
 
-PolicyTensors = dict[str, torch.Tensor]
-"""Trainable tensors by name, detached from any graph."""
 Relative = Literal["old", "sampling", "reference", "average"]
 _NEEDED: Mapping[Needs, Relative] = {
     Needs.OLD: "old",
     Needs.SAMPLING: "sampling",
     Needs.REFERENCE: "reference",
 }
-
-
-class Trainable(Protocol):
-    """All that swapping tensors asks of a policy."""
-
-    def trainable_parameters(self) -> dict[str, torch.nn.Parameter]: ...
-
-
-def clone_tensors(policy: Trainable) -> PolicyTensors:
-    """A copy of the policy's trainable tensors as they are now."""
-    return {name: parameter.detach().clone() for name, parameter in policy.trainable_parameters().items()}
 
 
 def check_names(got: Mapping[str, torch.Tensor], policy: Trainable, what: str) -> None:
@@ -49,24 +36,6 @@ def check_names(got: Mapping[str, torch.Tensor], policy: Trainable, what: str) -
     for name, parameter in parameters.items():
         if got[name].shape != parameter.shape:
             raise WeightError(f"{what}: {name} must be {tuple(parameter.shape)}, got {tuple(got[name].shape)}")
-
-
-@contextmanager
-def using(policy: Trainable, tensors: PolicyTensors) -> Generator[None]:
-    """Inside, the policy's parameters hold `tensors`, and no gradient is recorded; afterwards they are as before.
-
-    Do not nest it inside an autocast region: autocast would serve casts of the tensors it saw first.
-    """
-    parameters = policy.trainable_parameters()
-    current = {name: parameter.data for name, parameter in parameters.items()}
-    try:
-        for name, parameter in parameters.items():
-            parameter.data = tensors[name]
-        with torch.no_grad():
-            yield
-    finally:
-        for name, parameter in parameters.items():
-            parameter.data = current[name]
 
 
 def decay_towards(policy: Trainable, tensors: PolicyTensors, decay: float) -> None:

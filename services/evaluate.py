@@ -25,7 +25,8 @@ from raylign.assets import resolve
 from raylign.config import load_config, parse_config
 from raylign.errors import ConfigError
 from raylign.models import load_policy
-from raylign.models.rlg import RlgPolicy, base_tensors, check_rlg_weight
+from raylign.models.rlg import RlgPolicy, check_rlg_weight
+from raylign.models.swapping import clone_tensors
 from raylign.samplers.base import SdeSamplerConfig
 from raylign.samplers.gddim import GddimConfig
 from raylign.types import Needs, RolloutGroup
@@ -189,7 +190,7 @@ def _evaluate(
     if any(way.slot == _NOISY for way in ways):
         setups[_NOISY] = sampler_setup(policy, _own_noisy_sampler(config), Needs.FINAL)
     # Version 0, as the run began, before its newest weights take its place.
-    base = base_tensors(policy) if any(way.rlg is not None for way in ways) else {}  # type: ignore[arg-type]
+    base = clone_tensors(policy) if any(way.rlg is not None for way in ways) else {}
     outcomes: list[Outcome] = []
     for way in ways:
         drawn_by: Any = policy if way.rlg is None else RlgPolicy(policy, base, way.rlg)  # type: ignore[arg-type]

@@ -10,21 +10,16 @@ velocities is one of these. Two forwards per velocity instead of one, unless w i
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from raylign.errors import ModelError
 from raylign.models.base import Conditioning, DenoisingPolicy
+from raylign.models.swapping import using
 from raylign.types import WeightVersion
 from raylign.weights import WeightSnapshot
-
-
-def base_tensors(policy: DenoisingPolicy) -> dict[str, torch.Tensor]:
-    """Copies of the trainable tensors as they are now: of a policy just loaded, those of version 0."""
-    return {name: parameter.detach().clone() for name, parameter in policy.trainable_parameters().items()}
 
 
 def check_rlg_weight(weight: float) -> None:
@@ -36,18 +31,18 @@ def check_rlg_weight(weight: float) -> None:
 class RlgPolicy:
     """A DenoisingPolicy between, or beyond, `base` and whatever `policy` has loaded. Its tensors stay the tuned ones.
 
-    base: from `base_tensors`, before tuned weights were loaded. weight: w, 0 or more.
+    base: from `clone_tensors`, before tuned weights were loaded. weight: w, 0 or more.
     Raises ModelError for a weight that is none, and for tensors of another policy, such as one whose adapter is folded.
     """
 
     def __init__(self, policy: DenoisingPolicy, base: Mapping[str, torch.Tensor], weight: float) -> None:
         check_rlg_weight(weight)
-        self._parameters = policy.trainable_parameters()
-        if not self._parameters:
+        parameters = policy.trainable_parameters()
+        if not parameters:
             raise ModelError("RLG swaps trained tensors, and this policy has none: load it without folding the adapter")
-        shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
         if shapes != {name: tensor.shape for name, tensor in base.items()}:
-            raise ModelError("RLG got base tensors of another policy; take them from this one with base_tensors")
+            raise ModelError("RLG got base tensors of another policy; take them from this one with clone_tensors")
         self._policy = policy
         self._base = base
         self._weight = weight
@@ -63,7 +58,7 @@ class RlgPolicy:
         """See DenoisingPolicy; without gradient. At weight 1 exactly the tuned velocity, at 0 the base model's."""
         if self._weight == 1:
             return self._policy.predict(state_BCHW, sigma_B, conditioning)
-        with self._holding_base():
+        with using(self._policy, self._base):
             base = self._policy.predict(state_BCHW, sigma_B, conditioning)
         if self._weight == 0:
             return base
@@ -84,15 +79,3 @@ class RlgPolicy:
     def load_weights(self, snapshot: WeightSnapshot) -> None:
         """Load tuned weights; the base stays."""
         self._policy.load_weights(snapshot)
-
-    @contextmanager
-    def _holding_base(self) -> Generator[None]:
-        """The parameters point at the base tensors meanwhile: nothing is copied, hashed or verified."""
-        tuned = {name: parameter.data for name, parameter in self._parameters.items()}
-        try:
-            for name, parameter in self._parameters.items():
-                parameter.data = self._base[name]
-            yield
-        finally:
-            for name, parameter in self._parameters.items():
-                parameter.data = tuned[name]

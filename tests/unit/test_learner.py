@@ -17,10 +17,10 @@ from learner.algorithms.nft import NftConfig
 from learner.decay import DecaySchedule
 from learner.learner import Learner, LearnerConfig
 from learner.noise_levels import TrainTimes
-from learner.policies import clone_tensors
 from learner.state import LearnerState, policy_tensors
 from raylign.errors import CheckpointError, NumericsError, RewardError, WeightError
 from raylign.models import load_policy
+from raylign.models.swapping import clone_tensors
 from raylign.samplers import Sampler
 from raylign.types import Needs, RolloutGroup
 from tests.tiny_models import RUN_SEED, ToyPolicy, by_sibling, draw_groups, euler, flow_sde, sd3_config, train_step

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner.policies import PolicySet, check_names, clone_tensors, decay_towards, using
+from learner.policies import PolicySet, check_names, decay_towards
 from raylign.errors import WeightError
+from raylign.models.swapping import clone_tensors, using
 from raylign.precision import Precision
 from raylign.types import Needs
 from tests.tiny_models import ToyPolicy

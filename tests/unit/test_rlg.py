@@ -10,7 +10,8 @@ import torch
 from raylign.errors import ModelError
 from raylign.models import load_policy
 from raylign.models.base import DenoisingPolicy, guided_velocity
-from raylign.models.rlg import RlgPolicy, base_tensors
+from raylign.models.rlg import RlgPolicy
+from raylign.models.swapping import clone_tensors
 from tests.fakes import TwoNumberPolicy
 from tests.tiny_models import sd3_config
 
@@ -24,7 +25,7 @@ def _state(policy: DenoisingPolicy) -> torch.Tensor:
 def _tuned_by_hand() -> tuple[TwoNumberPolicy, dict[str, torch.Tensor]]:
     """Base: scale 0.5, shift 0.1. Tuned: scale 0.7, shift 0.4."""
     policy = TwoNumberPolicy()
-    base = base_tensors(policy)
+    base = clone_tensors(policy)
     tuned = {"scale": torch.tensor([0.7]), "shift": torch.tensor([0.4])}
     policy.load_weights(policy.export_weights(5, tuned))
     return policy, base
@@ -51,7 +52,7 @@ def test_guidance_composes_with_it() -> None:
 def lora() -> tuple[DenoisingPolicy, dict[str, torch.Tensor]]:
     """A tiny SD3 with a tuned adapter, and the base's tensors."""
     policy = load_policy(sd3_config(), "rollout", seed=4)
-    base = base_tensors(policy)
+    base = clone_tensors(policy)
     draw = torch.Generator().manual_seed(1)
     tuned = {name: 0.2 * torch.randn(tensor.shape, generator=draw) for name, tensor in base.items()}
     policy.load_weights(policy.export_weights(9, tuned))
@@ -109,6 +110,6 @@ def test_folded_adapters_and_foreign_tensors_are_refused(
 ) -> None:
     folded = load_policy(sd3_config(), "rollout", fold=True)
     with pytest.raises(ModelError, match="without folding the adapter"):
-        RlgPolicy(folded, base_tensors(folded), 2.0)
+        RlgPolicy(folded, clone_tensors(folded), 2.0)
     with pytest.raises(ModelError, match="base tensors of another policy"):
         RlgPolicy(TwoNumberPolicy(), lora[1], 2.0)
