@@ -129,13 +129,7 @@ def token_places(height: int, width: int) -> torch.Tensor:
     return torch.cartesian_prod(torch.zeros(1), rows, columns)
 
 
-def _pixels(pipeline: Any, latents_BCHW: torch.Tensor) -> torch.Tensor:
-    vae = pipeline.vae
-    latents = latents_BCHW / vae.config.scaling_factor + vae.config.shift_factor
-    return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-
-
 # The VAE stays in fp32, as in Flow-GRPO: a reward looks at its pictures, and it is under 1 % of the weights.
 FLUX = Architecture(
-    FORM, LORA_TARGETS, _geometry, _schedule, _encode, _velocity, _pixels, fp32_components=("vae",), check=_check
+    FORM, LORA_TARGETS, _geometry, _schedule, _encode, _velocity, fp32_components=("vae",), check=_check
 )

@@ -71,7 +71,6 @@ class Architecture:
     schedule(config, folder): the noise levels the model was made for.
     encode(pipeline, config, text, device, with_negative): one prompt's conditioning, P = 1.
     velocity(policy, state_BCHW, sigma_B, conditioning): v = eps - x_0 in the network's own precision.
-    pixels(pipeline, latents_BCHW): pictures in [-1, 1], (B, 3, height, width).
     fp32_components: those that keep single precision in a bf16 rollout.
     check(config, network's configuration): raise ModelError for a key that this network has no use for.
     """
@@ -82,7 +81,6 @@ class Architecture:
     schedule: Callable[[Any, Path], NoiseSchedule]
     encode: Callable[[Any, Any, str, torch.device, bool], Conditioning]
     velocity: Callable[[ImagePolicy, torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
-    pixels: Callable[[Any, torch.Tensor], torch.Tensor]
     fp32_components: tuple[str, ...] = ()
     check: Callable[[Any, dict[str, Any]], None] | None = None
 
@@ -132,7 +130,7 @@ class ImagePolicy:
         pipeline = self._need_pipeline("decode a picture")
         with torch.no_grad():
             slices = state_BCHW.split(self.config.decode_slice)
-            pictures = torch.cat([self._architecture.pixels(pipeline, one).float() for one in slices])
+            pictures = torch.cat([vae_pixels(pipeline.vae, one).float() for one in slices])
         scaled = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round()
         return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
@@ -152,6 +150,12 @@ class ImagePolicy:
         if self._pipeline is None:
             raise ModelError(f"a learner's policy cannot {action}: it holds the network only; load role='rollout'")
         return self._pipeline
+
+
+def vae_pixels(vae: Any, latents_BCHW: torch.Tensor) -> torch.Tensor:
+    """Pictures in [-1, 1], (B, 3, height, width), in the VAE's precision; not every VAE shifts its latents."""
+    latents_BCHW = latents_BCHW / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    return vae.decode(latents_BCHW.to(vae.dtype), return_dict=False)[0]
 
 
 def load_image(

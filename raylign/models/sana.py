@@ -101,10 +101,5 @@ def _velocity(
     return velocity_BCHW[:, : state_BCHW.shape[1]]
 
 
-def _pixels(pipeline: Any, latents_BCHW: torch.Tensor) -> torch.Tensor:
-    vae = pipeline.vae
-    return vae.decode((latents_BCHW / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
-
-
 # Everything may be bf16: Sol-RL draws, encodes and decodes so, and Gemma and the DC-AE are published for it.
-SANA = Architecture(FORM, LORA_TARGETS, _geometry, _schedule, _encode, _velocity, _pixels, check=_check)
+SANA = Architecture(FORM, LORA_TARGETS, _geometry, _schedule, _encode, _velocity, check=_check)

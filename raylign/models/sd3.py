@@ -85,11 +85,5 @@ def _velocity(
     )[0]
 
 
-def _pixels(pipeline: Any, latents_BCHW: torch.Tensor) -> torch.Tensor:
-    vae = pipeline.vae
-    latents = latents_BCHW / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-
-
 # The VAE stays in fp32, as in Flow-GRPO and DiffusionNFT: a reward looks at its pictures.
-SD3 = Architecture(FORM, LORA_TARGETS, _geometry, _schedule, _encode, _velocity, _pixels, fp32_components=("vae",))
+SD3 = Architecture(FORM, LORA_TARGETS, _geometry, _schedule, _encode, _velocity, fp32_components=("vae",))

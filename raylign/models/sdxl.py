@@ -10,7 +10,7 @@ from pydantic import Field
 from raylign.models.base import Conditioning
 from raylign.models.image_policy import Architecture, ImageModelConfig, ImagePolicy
 from raylign.models.pipeline_folder import PipelineForm
-from raylign.models.unet import LORA_TARGETS, unet_geometry, unet_schedule, unet_velocity, vae_pixels
+from raylign.models.unet import LORA_TARGETS, unet_geometry, unet_schedule, unet_velocity
 
 FORM = PipelineForm(
     pipeline="StableDiffusionXLPipeline",
@@ -62,6 +62,5 @@ SDXL = Architecture(
     unet_schedule,
     _encode,
     _velocity,
-    vae_pixels,
     fp32_components=("vae",),  # activations of the published VAE leave the range of half precision (`force_upcast`)
 )

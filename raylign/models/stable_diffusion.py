@@ -9,7 +9,7 @@ import torch
 from raylign.models.base import Conditioning
 from raylign.models.image_policy import Architecture, ImageModelConfig
 from raylign.models.pipeline_folder import PipelineForm
-from raylign.models.unet import LORA_TARGETS, unet_geometry, unet_schedule, unet_velocity, vae_pixels
+from raylign.models.unet import LORA_TARGETS, unet_geometry, unet_schedule, unet_velocity
 
 FORM = PipelineForm(
     pipeline="StableDiffusionPipeline",
@@ -34,4 +34,4 @@ def _encode(
     return Conditioning(embeds, negative=Conditioning(negative) if with_negative else None)
 
 
-STABLE_DIFFUSION = Architecture(FORM, LORA_TARGETS, unet_geometry, unet_schedule, _encode, unet_velocity, vae_pixels)
+STABLE_DIFFUSION = Architecture(FORM, LORA_TARGETS, unet_geometry, unet_schedule, _encode, unet_velocity)

@@ -45,9 +45,3 @@ def unet_velocity(
         return_dict=False,
     )[0]
     return schedule.velocity(answer.float(), network_BCHW, sigma_B)
-
-
-def vae_pixels(pipeline: Any, latents_BCHW: torch.Tensor) -> torch.Tensor:
-    """See Architecture."""
-    vae = pipeline.vae
-    return vae.decode((latents_BCHW / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
