@@ -18,7 +18,7 @@ from pydantic import Field
 from raylign.assets import resolve
 from raylign.config import Config
 from raylign.errors import ModelError
-from raylign.models.adapter_start import check_start, open_start, read_start
+from raylign.models.adapter_start import SavedAdapter, check_start, open_start, read_start
 from raylign.models.adapters import LoraSettings, lora_shapes
 from raylign.models.base import Conditioning, Role
 from raylign.models.pipeline_folder import (
@@ -67,7 +67,7 @@ class Architecture:
     """What sets one pipeline family apart. Configurations are the components' JSON files as dicts.
 
     form: what its directory holds. lora_targets: the adapted modules by published name.
-    geometry(config, network's configuration, VAE's): sizes; `check_sizes` holds the picture to them.
+    geometry(config, network's configuration, VAE's): sizes; `check_image` holds the picture to them.
     schedule(config, folder): the noise levels the model was made for.
     encode(pipeline, config, text, device, with_negative): one prompt's conditioning, P = 1.
     velocity(policy, state_BCHW, sigma_B, conditioning): v = eps - x_0 in the network's own precision.
@@ -175,8 +175,7 @@ def load_image(
     seed: initial values of the adapter's A matrices.
     """
     folder, form = resolve(config.path), architecture.form
-    check_image(architecture, config)
-    start = None if config.lora.start is None else read_start(open_start(config.lora.start, form.network))
+    geometry, schedule, start = _checked(architecture, config, folder)
     pipeline: Any = None
     if role == "rollout":
         pipeline = load_pipeline(folder, form, precision, architecture.fp32_components).to(device)
@@ -191,9 +190,8 @@ def load_image(
         architecture.lora_targets,
         fold=fold and role == "rollout",
         seed=seed,
-        start=start,
+        start=None if start is None else read_start(start),
     )
-    geometry, schedule = _geometry(architecture, config, folder), architecture.schedule(config, folder)
     # Beside an attached adapter the learner's autocast is repeated, so that both compute the same bits.
     compute: Precision = precision if role == "rollout" and not fold else "fp32"
     return ImagePolicy(architecture, config, network, pipeline, geometry, schedule, weights, compute)
@@ -205,20 +203,27 @@ def check_image(architecture: Architecture, config: ImageModelConfig, texts: Seq
 
     Any of `texts` will do: the encoders cut one that is too long.
     """
-    folder = resolve(config.path)
+    _checked(architecture, config, resolve(config.path))
+
+
+def _checked(
+    architecture: Architecture, config: ImageModelConfig, folder: Path
+) -> tuple[Geometry, NoiseSchedule, SavedAdapter | None]:
+    """What the small files say, once it is sure that they fit; see `check_image`."""
     check_pipeline_folder(folder, architecture.form)
-    geometry = _geometry(architecture, config, folder)
+    network = component_config(folder, architecture.form.network)
+    geometry = architecture.geometry(config, network, component_config(folder, "vae"))
     for name, size in (("height", config.height), ("width", config.width)):
         if size % geometry.multiple:
             raise ModelError(f"model.{name} must be a multiple of {geometry.multiple} for this model, got {size}")
     if architecture.check is not None:
-        architecture.check(config, component_config(folder, architecture.form.network))
-    architecture.schedule(config, folder)
-    if config.lora.start is not None:
-        _check_start(architecture, config, folder, config.lora.start)
+        architecture.check(config, network)
+    schedule = architecture.schedule(config, folder)
+    start = None if config.lora.start is None else _checked_start(architecture, config, folder, config.lora.start)
+    return geometry, schedule, start
 
 
-def _check_start(architecture: Architecture, config: ImageModelConfig, folder: Path, start: str) -> None:
+def _checked_start(architecture: Architecture, config: ImageModelConfig, folder: Path, start: str) -> SavedAdapter:
     if config.tuning != "lora":
         raise ModelError(
             "lora.start needs tuning = 'lora'; to train every weight, export the adapter's pipeline and give its path"
@@ -226,8 +231,4 @@ def _check_start(architecture: Architecture, config: ImageModelConfig, folder: P
     saved = open_start(start, architecture.form.network)
     network = empty_network(folder, architecture.form)
     check_start(saved, config.lora, lora_shapes(network, config.lora, config.lora.targets or architecture.lora_targets))
-
-
-def _geometry(architecture: Architecture, config: ImageModelConfig, folder: Path) -> Geometry:
-    network = component_config(folder, architecture.form.network)
-    return architecture.geometry(config, network, component_config(folder, "vae"))
+    return saved
