@@ -181,14 +181,12 @@ class StepData:
         """Groups P, siblings G and items K of each, the largest of them."""
         return len(self.groups), max(g.group_size for g in self.groups), max(one.shape[1] for one in self.items)
 
-    def credit_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Advantages and mixed rewards of all samples, (P, G) fp64; 0 for those that have none."""
-        adv_PG, reward_PG = (torch.zeros(self.sizes[:2], dtype=torch.float64) for _ in range(2))
-        for index, (group, advantage) in enumerate(zip(self.groups, self.advantages, strict=True)):
-            adv_PG[index, : group.group_size] = advantage.adv_G.double()
-            rewards = [self.reward(Row(index, sibling)) for sibling in range(group.group_size)]
-            reward_PG[index, : group.group_size] = torch.tensor(rewards, dtype=torch.float64)
-        return adv_PG, reward_PG
+    def advantage_table(self) -> torch.Tensor:
+        """Advantages of all samples, (P, G) fp64; 0 for those that have none."""
+        adv_PG = torch.zeros(self.sizes[:2], dtype=torch.float64)
+        for index, advantage in enumerate(self.advantages):
+            adv_PG[index, : len(advantage.adv_G)] = advantage.adv_G.double()
+        return adv_PG
 
     def num_items(self, row: Row) -> int:
         """How many items a sample has."""

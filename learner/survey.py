@@ -48,5 +48,4 @@ def _survey(algorithm: Surveys[Any], policies: PolicySet, batch: TrainBatch, ran
     # Each item is one rank's, so the sum over ranks is every rank's table, whole.
     for table in (numbers_PGKF, present_PGK):
         ranks.sum_(table)
-    adv_PG, reward_PG = batch.data.credit_tables()
-    return algorithm.settle(SurveyedItems(numbers_PGKF, present_PGK > 0, adv_PG, reward_PG))
+    return algorithm.settle(SurveyedItems(numbers_PGKF, present_PGK > 0, batch.data.advantage_table()))

@@ -90,13 +90,12 @@ class SurveyedItems:
     """What a first pass without gradient found of every item of one update, those of other ranks included.
 
     P groups of the step, G siblings, K items each. numbers_PGKF: fp64, what `survey` gave. present_PGK: bool, the items
-    of this update's valid samples; all else is 0. adv_PG and reward_PG: fp64.
+    of this update's valid samples; all else is 0. adv_PG: fp64.
     """
 
     numbers_PGKF: torch.Tensor
     present_PGK: torch.Tensor
     adv_PG: torch.Tensor
-    reward_PG: torch.Tensor
 
 
 @runtime_checkable

@@ -176,7 +176,7 @@ def surveyed(implicit_PGK: torch.Tensor, adv_PG: torch.Tensor) -> SurveyedItems:
     present = torch.ones_like(implicit_PGK, dtype=torch.bool)
     present[0, 1] = False
     numbers = torch.stack([implicit_PGK, torch.zeros_like(implicit_PGK)], dim=3)
-    return SurveyedItems(numbers, present, adv_PG, torch.zeros_like(adv_PG))
+    return SurveyedItems(numbers, present, adv_PG)
 
 
 def losses(config: CrdConfig, items: SurveyedItems) -> torch.Tensor:
