@@ -33,8 +33,9 @@ from raylign.types import Needs, RolloutGroup
 from raylign.weights import WeightSnapshot, make_snapshot
 from rewards import RewardMix, make_mix
 from rewards.scenes.rules import geneval_accuracy
-from rollout.drawn import AS_CONFIGURED, EvalPoint, Slot
+from rollout.drawn import AS_CONFIGURED, WEIGHTS_OF, EvalPoint, Slot
 from rollout.engine import RolloutEngine, chunk_requests
+from rollout.images import sampler_at
 from rollout.prompts import GroupTask, load_prompts
 from services.assembly import adapter_seed, evaluation_sampler, sampler_setup
 from services.config import RunConfig, load_run_config
@@ -195,7 +196,7 @@ def _evaluate(
     for way in ways:
         drawn_by: Any = policy if way.rlg is None else RlgPolicy(policy, base, way.rlg)  # type: ignore[arg-type]
         engine: RolloutEngine[Any] = RolloutEngine(drawn_by, setups, config.seed)  # type: ignore[arg-type]
-        engine.pull(weights, way.slot)
+        engine.pull(weights, WEIGHTS_OF[way.slot])
         groups = asyncio.run(_score_all(engine, scorer, tasks, config.eval.samples_per_prompt, way))
         outcomes.append(_outcome(way, groups, outcomes))
         if pictures is not None:
@@ -222,15 +223,11 @@ def _own_noisy_sampler(config: RunConfig) -> Any:
     Noise comes in every step that can have it: windows and noise that siblings share are there for training.
     """
     ode, own = evaluation_sampler(config), config.sampler
-    # An SDE has at least one step before the last.
-    same: dict[str, Any] = {
-        "num_steps": max(2, ode.num_steps),
-        "guidance_scale": ode.guidance_scale,
-        "shift": ode.shift,
-    }
+    num_steps = max(2, ode.num_steps)  # an SDE has at least one step before the last
     if not isinstance(own, SdeSamplerConfig) or not own.has_density:
-        return GddimConfig(**same)
+        return sampler_at(ode, EvalPoint(eta=1.0, num_steps=num_steps))
     kept = own.model_dump(exclude={"window", "shared_noise", "halve_last_level"})
+    same = {"num_steps": num_steps, "guidance_scale": ode.guidance_scale, "shift": ode.shift}
     return parse_config(type(own), kept | same, "the run's sampler")
 
 
