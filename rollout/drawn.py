@@ -13,8 +13,11 @@ from raylign.models.base import Conditioning
 from raylign.models.tokens import TokenPrompts
 from raylign.types import LatentTrajectory, SampleKey, TokenTrajectory, WeightVersion
 
-Slot = Literal["rollout", "eval"]
-"""Which published weights and which sampler a chunk is drawn with."""
+WeightSlot = Literal["rollout", "eval"]
+"""Which published weights."""
+Slot = Literal["rollout", "eval", "draft"]
+"""What a chunk is drawn for: it says which weights, which sampler and which precision."""
+WEIGHTS_OF: dict[Slot, WeightSlot] = {"rollout": "rollout", "eval": "eval", "draft": "rollout"}
 
 # Real models' embeddings are megabytes each; a run visits far fewer prompts between weight swaps than this.
 MAX_CACHED_PROMPTS = 1024

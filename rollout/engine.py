@@ -18,7 +18,18 @@ from raylign.models.base import DenoisingPolicy
 from raylign.models.tokens import TokenPolicy
 from raylign.types import Rollout, RolloutGroup, RolloutStatus, SampleKey, WeightVersion
 from raylign.weights import WeightSnapshot
-from rollout.drawn import AS_CONFIGURED, Denoiser, Drawn, EvalPoint, Probe, Slot, join_trajectories, trajectory_rows
+from rollout.drawn import (
+    AS_CONFIGURED,
+    WEIGHTS_OF,
+    Denoiser,
+    Drawn,
+    EvalPoint,
+    Probe,
+    Slot,
+    WeightSlot,
+    join_trajectories,
+    trajectory_rows,
+)
 from rollout.images import ImageDenoiser, SamplerSetup, denoise
 from rollout.prompts import GroupTask
 from rollout.texts import TextDenoiser, TokenSetup, unmask
@@ -46,10 +57,10 @@ class RolloutEngine(Generic[PolicyT]):
         self._setups = setups
         self._run_seed = run_seed
         self._denoiser = _make_denoiser(policy, setups, run_seed)
-        self._snapshots: dict[Slot, WeightSnapshot] = {}
-        self._loaded: Slot | None = None
+        self._snapshots: dict[WeightSlot, WeightSnapshot] = {}
+        self._loaded: WeightSlot | None = None
 
-    def pull(self, snapshot: WeightSnapshot, slot: Slot = "rollout") -> WeightVersion:
+    def pull(self, snapshot: WeightSnapshot, slot: WeightSlot = "rollout") -> WeightVersion:
         """Verify and load a published snapshot, between batches. Raises WeightError and keeps the old on a fault."""
         self.policy.load_weights(snapshot)
         self._snapshots[slot] = snapshot
@@ -61,7 +72,7 @@ class RolloutEngine(Generic[PolicyT]):
 
         A sample that came out not finite has status GENERATION_FAILED; its neighbours are unharmed.
         """
-        version = self._use(request.slot)
+        version = self._use(WEIGHTS_OF[request.slot])
         count = len(request.sample_indices)
         keys = [
             SampleKey(self._run_seed, task.prompt.id, task.visit, index)
@@ -80,7 +91,7 @@ class RolloutEngine(Generic[PolicyT]):
         with torch.no_grad():
             return self._denoiser.probe(text, self._run_seed, version)
 
-    def _use(self, slot: Slot) -> WeightVersion:
+    def _use(self, slot: WeightSlot) -> WeightVersion:
         if slot not in self._snapshots:
             raise WeightError(f"no {slot} weights were pulled yet; pull a snapshot before generating")
         if self._loaded != slot:
@@ -177,6 +188,7 @@ __all__ = [
     "SamplerSetup",
     "Slot",
     "TokenSetup",
+    "WeightSlot",
     "chunk_requests",
     "denoise",
     "join_parts",

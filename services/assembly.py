@@ -11,7 +11,7 @@ from learner.parallel import RankGroup
 from raylign.keys import derive_seed
 from raylign.models import load_policy
 from raylign.models.tokens import TokenPolicy
-from raylign.precision import Precision
+from raylign.precision import Precision, base_precision
 from raylign.samplers import IMAGE_SAMPLERS, make_sampler, make_token_sampler
 from raylign.samplers.euler_ode import EulerOdeConfig
 from raylign.types import Needs
@@ -24,7 +24,12 @@ def build_engine(config: RunConfig) -> RolloutEngine[Any]:
     torch.set_num_threads(config.rollout.num_threads)
     device = "cuda" if config.rollout.num_gpus > 0 else "cpu"
     policy = load_policy(
-        config.model, "rollout", device, config.rollout.precision, config.fold_lora, adapter_seed(config)
+        config.model,
+        "rollout",
+        device,
+        base_precision(config.rollout.precision),
+        config.fold_lora,
+        adapter_seed(config),
     )
     setups = {
         "rollout": sampler_setup(policy, config.sampler, config.algorithm.needs, config.rollout.latents),

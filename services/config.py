@@ -20,7 +20,8 @@ from raylign.assets import find_config
 from raylign.config import Config, load_config
 from raylign.models import MODEL_FAMILIES, ModelConfig
 from raylign.models.sd3 import Sd3Config
-from raylign.precision import Precision
+from raylign.precision import Precision, RolloutPrecision
+from raylign.precision.config import QuantizerConfig
 from raylign.samplers import (
     IMAGE_SAMPLERS,
     TOKEN_SAMPLERS,
@@ -33,6 +34,7 @@ from rewards import RewardUnion
 from rewards.ocr import OcrConfig
 from rollout.datasets import PromptFields
 from rollout.drawn import AS_CONFIGURED, EvalPoint
+from rollout.explore import ExploreConfig
 from services.image_checks import check_image_run
 from services.reward_config import ServiceConfig
 from services.text_checks import check_text_run
@@ -58,8 +60,12 @@ class RolloutConfig(Config):
     """Rollout actors; may be changed freely, results stay the same."""
     chunk_size: int | None = Field(default=None, ge=1)
     """Samples per batch; a multiple or a divisor of group_size. One group when not given."""
-    precision: Precision = "fp32"
-    """Number format of rollout weights and activations."""
+    precision: RolloutPrecision = "fp32"
+    """Number format of rollout weights and activations; below bf16 in linear layers only, and bf16 elsewhere."""
+    quantizer: QuantizerConfig = QuantizerConfig()
+    """How layers are quantised where a precision is below bf16."""
+    explore: ExploreConfig | None = None
+    """Draft many candidates cheaply, and draw again and train on the most telling; off when not given."""
     latents: Precision = "fp32"
     """Number format that pictures' states are rounded to on the way; bf16 halves what coupled methods must send."""
     fold_lora: bool | None = None

@@ -22,7 +22,7 @@ from ray.rllib.utils.actor_manager import CallResult, FaultTolerantActorManager
 
 from raylign.errors import ClusterError, RaylignError
 from raylign.types import RolloutGroup
-from rollout.engine import ChunkRequest, Probe, Slot
+from rollout.engine import ChunkRequest, Probe, WeightSlot
 from services.ray_errors import NotPulledError, actor_name, unwrap
 from services.roles import SnapshotHandle
 
@@ -68,7 +68,7 @@ class RayFleet:
         )
         self._actor_names = {number: actor_name(actor) for number, actor in self._manager.actors().items()}
         self._pool = _Pool()
-        self._snapshots: dict[Slot, SnapshotHandle] = {}
+        self._snapshots: dict[WeightSlot, SnapshotHandle] = {}
         self._tags = (f"call-{n}" for n in itertools.count())
         self._pump_task: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
@@ -84,7 +84,7 @@ class RayFleet:
         probes = [probe for probe in answers if probe is not None]
         return probes or [await self._submit("probe", {"text": text})]
 
-    async def pull(self, snapshot: SnapshotHandle, slot: Slot) -> None:
+    async def pull(self, snapshot: SnapshotHandle, slot: WeightSlot) -> None:
         """Every healthy actor loads it; one that is away pulls it when it comes back."""
         self._snapshots[slot] = snapshot
         await self._on_every_actor("pull", {"snapshot": snapshot, "slot": slot})

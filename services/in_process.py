@@ -12,7 +12,7 @@ from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.learner import Learner
 from raylign.types import RolloutGroup, StepResult, WeightVersion
 from raylign.weights import WeightSnapshot
-from rollout.engine import ChunkRequest, Probe, RolloutEngine, Slot
+from rollout.engine import ChunkRequest, Probe, RolloutEngine, WeightSlot
 from services.roles import WhichPolicy
 
 
@@ -28,7 +28,7 @@ class LocalFleet:
     async def probe_all(self, text: str) -> list[Probe]:
         return [self._engine.probe(text)]
 
-    async def pull(self, snapshot: WeightSnapshot, slot: Slot) -> None:
+    async def pull(self, snapshot: WeightSnapshot, slot: WeightSlot) -> None:
         self._engine.pull(snapshot, slot)
 
     async def close(self) -> None:

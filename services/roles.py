@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from raylign.types import RewardBreakdown, RewardSample, RolloutGroup, StepResult, WeightVersion
-from rollout.engine import ChunkRequest, Probe, Slot
+from rollout.engine import ChunkRequest, Probe, WeightSlot
 
 SnapshotHandle = Any
 WhichPolicy = Literal["rollout", "current", "eval"]
@@ -30,7 +30,7 @@ class Fleet(Protocol):
         """What each worker's rollout policy predicts at the same keyed states, for the parity gate."""
         ...
 
-    async def pull(self, snapshot: SnapshotHandle, slot: Slot) -> None:
+    async def pull(self, snapshot: SnapshotHandle, slot: WeightSlot) -> None:
         """Every worker verifies and loads a snapshot before its next chunk of that slot."""
         ...
 

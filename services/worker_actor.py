@@ -15,7 +15,8 @@ from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.parallel import RankGroup
 from raylign.types import RolloutGroup, WeightVersion
 from raylign.weights import WeightSnapshot
-from rollout.engine import ChunkRequest, Probe, Slot
+from rollout.drawn import WEIGHTS_OF
+from rollout.engine import ChunkRequest, Probe, WeightSlot
 from services.assembly import build_engine, build_learner
 from services.config import RunConfig
 from services.ray_errors import NotPulledError
@@ -30,7 +31,7 @@ class Worker:
         self._rank = rank
         self._engine = build_engine(config) if rollout else None
         self._learner: Any = None
-        self._pulled: set[Slot] = set()
+        self._pulled: set[WeightSlot] = set()
 
     def ping(self) -> str:
         return "pong"
@@ -53,19 +54,19 @@ class Worker:
 
     # Rollout
     def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
-        self._check_pulled(request.slot)
+        self._check_pulled(WEIGHTS_OF[request.slot])
         return self._engine.generate(request)  # type: ignore[union-attr]  # called on rollout workers only
 
     def probe(self, text: str) -> Probe:
         self._check_pulled("rollout")
         return self._engine.probe(text)  # type: ignore[union-attr]
 
-    def pull(self, snapshot: WeightSnapshot, slot: Slot) -> WeightVersion:
+    def pull(self, snapshot: WeightSnapshot, slot: WeightSlot) -> WeightVersion:
         version = self._engine.pull(snapshot, slot)  # type: ignore[union-attr]
         self._pulled.add(slot)
         return version
 
-    def _check_pulled(self, slot: Slot) -> None:
+    def _check_pulled(self, slot: WeightSlot) -> None:
         """Tell the fleet, which may not know that this process is a new one."""
         if slot not in self._pulled:
             raise NotPulledError(slot)

@@ -12,7 +12,15 @@ from typing import Literal
 import torch
 
 Precision = Literal["fp32", "bf16"]
+Format = Literal["fp8", "nvfp4", "mxfp4"]
+"""Of quantised linear layers; rollouts and drafts only."""
+RolloutPrecision = Literal["fp32", "bf16", "fp8", "nvfp4", "mxfp4"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def base_precision(precision: RolloutPrecision) -> Precision:
+    """The format of everything that is not a quantised layer."""
+    return precision if precision == "fp32" else "bf16"
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
