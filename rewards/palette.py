@@ -5,14 +5,13 @@ A statistic to watch beside the geometric checker, which looks at shapes and not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from raylign.types import JsonValue, Prompt, RewardSample, RewardScore
-from rewards.base import Modality, RewardConfig
-from rewards.pixels import score_pixels
+from rewards.base import RewardConfig
+from rewards.pixels import PixelStatistic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,38 +28,12 @@ class PaletteConfig(RewardConfig):
     """Greatest distance in RGB space, of 441, at which a pixel still has a colour."""
 
 
-class PaletteReward:
-    """The prompt plays no part."""
-
-    modality: Modality = "image"
-    range: tuple[float, float] | None = (0.0, 1.0)
-    higher_is_better = True
-    deterministic = True
-    uses_seed = False
-    fingerprint = ""
-    metadata_keys: Mapping[str, str] = {}
+class PaletteReward(PixelStatistic):
+    """See `palette_share`."""
 
     def __init__(self, config: PaletteConfig) -> None:
-        self.name = config.name
-        self._tolerance = config.tolerance
-        self.version = f"{RULE_VERSION}/{config.tolerance:g}"
-
-    def load(self) -> None:
-        """Nothing to build."""
-
-    def probe(self) -> RewardSample:
-        import numpy as np
-
-        return RewardSample("probe", Prompt("probe", ""), np.zeros((8, 8, 3), np.uint8))
-
-    def check(self, prompt: Prompt) -> None:
-        """Any prompt will do."""
-
-    async def score(self, samples: Sequence[RewardSample]) -> list[RewardScore]:
-        return await score_pixels(self, samples, self._measure)
-
-    def _measure(self, image_HWC: np.ndarray, prompt: Prompt) -> tuple[float, Mapping[str, JsonValue]]:
-        return palette_share(image_HWC, self._tolerance), {}
+        share = partial(palette_share, tolerance=config.tolerance)
+        super().__init__(config, f"{RULE_VERSION}/{config.tolerance:g}", share)
 
 
 def palette_share(image_HWC: np.ndarray, tolerance: float) -> float:

@@ -6,12 +6,10 @@ A statistic to watch beside a reward, not to maximise: blur lowers it, noise and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from raylign.types import JsonValue, Prompt, RewardSample, RewardScore
-from rewards.base import Modality, RewardConfig
-from rewards.pixels import score_pixels
+from rewards.base import RewardConfig
+from rewards.pixels import PixelStatistic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,38 +24,11 @@ class SharpnessConfig(RewardConfig):
     type: Literal["sharpness"] = "sharpness"
 
 
-class SharpnessReward:
-    """The prompt plays no part."""
-
-    modality: Modality = "image"
-    range: tuple[float, float] | None = (0.0, 1.0)
-    higher_is_better = True
-    deterministic = True
-    uses_seed = False
-    fingerprint = ""
-    version = RULE_VERSION
-    metadata_keys: Mapping[str, str] = {}
+class SharpnessReward(PixelStatistic):
+    """See `sharpness`."""
 
     def __init__(self, config: SharpnessConfig) -> None:
-        self.name = config.name
-
-    def load(self) -> None:
-        """Nothing to build."""
-
-    def probe(self) -> RewardSample:
-        import numpy as np
-
-        return RewardSample("probe", Prompt("probe", ""), np.zeros((8, 8, 3), np.uint8))
-
-    def check(self, prompt: Prompt) -> None:
-        """Any prompt will do."""
-
-    async def score(self, samples: Sequence[RewardSample]) -> list[RewardScore]:
-        return await score_pixels(self, samples, _measure)
-
-
-def _measure(image_HWC: np.ndarray, prompt: Prompt) -> tuple[float, Mapping[str, JsonValue]]:
-    return sharpness(image_HWC), {}
+        super().__init__(config, RULE_VERSION, sharpness)
 
 
 def sharpness(image_HWC: np.ndarray) -> float:
