@@ -1,15 +1,19 @@
 """Versioned, immutable, verified weight snapshots: what a learner publishes and rollout actors pull.
 
 A snapshot is one flat array per dtype and an index of tensors into them, each with its own hash. Flat arrays
-cross a process boundary without a copy; the hashes let an actor refuse a torn or foreign snapshot.
+cross a process boundary without a copy; the hashes let an actor refuse a torn or foreign snapshot. Hashing costs as
+much as all the rest together, and the hash of one tensor does not wait for another's: several threads share them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -17,15 +21,22 @@ import torch
 from raylign.errors import WeightError
 from raylign.types import WeightVersion
 
-SnapshotKind = Literal["adapter", "full"]
+SnapshotKind = Literal["adapter", "full", "delta"]
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
-# numpy has no bfloat16; its bits travel as 16-bit integers.
-_WIRE: dict[torch.dtype, tuple[str, torch.dtype]] = {
-    torch.float32: ("float32", torch.float32),
-    torch.float16: ("float16", torch.float16),
-    torch.bfloat16: ("bfloat16", torch.int16),
+# What has no type in numpy travels as the bits of an integer.
+_WIRE: dict[torch.dtype, tuple[str, type[np.generic]]] = {
+    torch.float32: ("float32", np.float32),
+    torch.float16: ("float16", np.float16),
+    torch.bfloat16: ("bfloat16", np.int16),
+    torch.float8_e4m3fn: ("float8_e4m3fn", np.uint8),
+    torch.uint8: ("uint8", np.uint8),
 }
 _TORCH = {name: dtype for dtype, (name, _) in _WIRE.items()}
+_MOST_THREADS = 4
+# Below this, starting threads costs more than they save.
+_THREADS_FROM_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +49,27 @@ class TensorEntry:
     offset: int
     sha256: str
 
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseVersion:
+    """The snapshot that a delta says the changes of."""
+
+    version: WeightVersion
+    sha256: str
+
 
 @dataclass(frozen=True, slots=True)
 class WeightSnapshot:
-    """One published policy. `lora_scale` (alpha / rank) is what a fold multiplies an adapter by."""
+    """One published policy. `lora_scale` (alpha / rank) is what a fold multiplies an adapter by.
+
+    A snapshot of kind "delta" has a `base`: its arrays are what changed since (`raylign.weight_delta`), its index and
+    hashes are those of the weights that come out. Only whole snapshots can be loaded.
+    """
 
     version: WeightVersion
     kind: SnapshotKind
@@ -49,6 +77,7 @@ class WeightSnapshot:
     arrays: Mapping[str, np.ndarray]
     sha256: str
     lora_scale: float = 1.0
+    base: BaseVersion | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -59,21 +88,27 @@ def make_snapshot(
     tensors: Mapping[str, torch.Tensor], version: WeightVersion, kind: SnapshotKind, lora_scale: float = 1.0
 ) -> WeightSnapshot:
     """Copy named tensors into a snapshot. Raises WeightError for a dtype that has no wire form."""
-    by_dtype: dict[str, list[np.ndarray]] = {}
+    totals: dict[str, int] = {}
     offsets: dict[str, int] = {}
-    entries: list[TensorEntry] = []
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name]
         if tensor.dtype not in _WIRE:
             raise WeightError(f"{name} is {tensor.dtype}; a snapshot holds {', '.join(_TORCH)}")
-        dtype, wire = _WIRE[tensor.dtype]
-        flat = tensor.view(wire).reshape(-1).numpy()
-        offset = offsets.get(dtype, 0)
-        entries.append(TensorEntry(name, dtype, tuple(tensor.shape), offset, _sha256(flat)))
-        by_dtype.setdefault(dtype, []).append(flat)
-        offsets[dtype] = offset + flat.size
-    arrays = {dtype: np.concatenate(flats) for dtype, flats in by_dtype.items()}
-    return WeightSnapshot(version, kind, tuple(entries), arrays, weights_sha256(entries), lora_scale)
+        dtype, _ = _WIRE[tensor.dtype]
+        offsets[name] = totals.get(dtype, 0)
+        totals[dtype] = offsets[name] + tensor.numel()
+    arrays = {dtype: np.empty(totals[dtype], wire) for dtype, wire in _WIRE.values() if dtype in totals}
+
+    def gather(name: str) -> TensorEntry:
+        tensor = tensors[name].detach()
+        dtype, _ = _WIRE[tensor.dtype]
+        flat = arrays[dtype][offsets[name] : offsets[name] + tensor.numel()]
+        # One copy, wherever the tensor lies, and its bytes are hashed while the cache holds them.
+        torch.from_numpy(flat).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return TensorEntry(name, dtype, tuple(tensor.shape), offsets[name], _sha256(flat))
+
+    entries = tuple(in_threads(gather, sorted(tensors), sum(array.nbytes for array in arrays.values())))
+    return WeightSnapshot(version, kind, entries, arrays, weights_sha256(entries), lora_scale)
 
 
 def weights_sha256(entries: Sequence[TensorEntry]) -> str:
@@ -90,25 +125,65 @@ def verify_snapshot(snapshot: WeightSnapshot, expected: Mapping[str, tuple[int, 
     The tensors are fresh copies. Raises WeightError naming the first tensor that is missing, foreign,
     misshapen or torn; nothing has been loaded then.
     """
+    return {name: tensor.clone() for name, tensor in view_snapshot(snapshot, expected).items()}
+
+
+def view_snapshot(snapshot: WeightSnapshot, expected: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """As `verify_snapshot`, but the tensors lie in the snapshot's own memory: to copy from at once, never to write to.
+
+    That memory may be mapped read-only from an object store, where torch does not see that it must not be written.
+    """
+    if snapshot.base is not None:
+        raise WeightError(
+            f"snapshot {snapshot.version} is what changed since {snapshot.base.version}; apply it to that one first"
+        )
     names = {entry.name for entry in snapshot.entries}
     for missing in sorted(set(expected) - names):
         raise WeightError(f"snapshot {snapshot.version} lacks {missing}; it belongs to another model or adapter")
     for foreign in sorted(names - set(expected)):
         raise WeightError(f"snapshot {snapshot.version} has {foreign}, which this model does not have")
+    for entry in snapshot.entries:
+        if entry.shape != expected[entry.name]:
+            raise WeightError(
+                f"snapshot {snapshot.version}: {entry.name} must be {expected[entry.name]}, got {entry.shape}"
+            )
+    check_contents(snapshot)
+    return {entry.name: _view(snapshot, entry) for entry in snapshot.entries}
+
+
+def check_contents(snapshot: WeightSnapshot) -> None:
+    """Hash everything. Raises WeightError if the index or a tensor of a whole snapshot is not what was published."""
     if weights_sha256(snapshot.entries) != snapshot.sha256:
         raise WeightError(f"snapshot {snapshot.version} has an index that does not fit its hash; publish it again")
-    return {entry.name: _checked_tensor(snapshot, entry, expected[entry.name]) for entry in snapshot.entries}
+
+    def is_whole(entry: TensorEntry) -> bool:
+        flat = _flat(snapshot, entry)
+        return flat.size == entry.size and _sha256(flat) == entry.sha256
+
+    for entry, whole in zip(snapshot.entries, in_threads(is_whole, snapshot.entries, snapshot.num_bytes), strict=True):
+        if not whole:
+            raise WeightError(f"snapshot {snapshot.version}: {entry.name} is torn (its hash differs); pull it again")
 
 
-def _checked_tensor(snapshot: WeightSnapshot, entry: TensorEntry, shape: tuple[int, ...]) -> torch.Tensor:
-    if entry.shape != shape:
-        raise WeightError(f"snapshot {snapshot.version}: {entry.name} must be {shape}, got {entry.shape}")
-    size = int(np.prod(entry.shape, dtype=np.int64))
-    array = snapshot.arrays.get(entry.dtype, np.empty(0))
-    flat = array[entry.offset : entry.offset + size]
-    if flat.size != size or _sha256(flat) != entry.sha256:
-        raise WeightError(f"snapshot {snapshot.version}: {entry.name} is torn (its hash differs); pull it again")
-    return torch.from_numpy(flat.copy()).view(_TORCH[entry.dtype]).reshape(entry.shape)
+def in_threads(work: Callable[[_T], _R], items: Iterable[_T], num_bytes: int) -> list[_R]:
+    """`work` of every item, in order; in a few threads where there are bytes enough to pay for them.
+
+    For work that releases the interpreter's lock: hashes, copies, compression.
+    """
+    num_threads = min(_MOST_THREADS, os.cpu_count() or 1)
+    if num_threads == 1 or num_bytes < _THREADS_FROM_BYTES:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(num_threads, "weights") as pool:
+        return list(pool.map(work, items))
+
+
+def _flat(snapshot: WeightSnapshot, entry: TensorEntry) -> np.ndarray:
+    return snapshot.arrays.get(entry.dtype, np.empty(0))[entry.offset : entry.offset + entry.size]
+
+
+def _view(snapshot: WeightSnapshot, entry: TensorEntry) -> torch.Tensor:
+    # DLPack takes read-only memory, which torch.from_numpy warns of.
+    return torch.from_dlpack(_flat(snapshot, entry)).view(_TORCH[entry.dtype]).view(entry.shape)
 
 
 def _sha256(flat: np.ndarray) -> str:
