@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
-import itertools
 import json
 import os
 import shlex
@@ -32,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from learning_curves import ROOT, at, crossing, held_out_curve, pyplot, reached, spread, step_rows, train_once
 
 from learner.checkpoint import list_checkpoints, load_checkpoint
 from learner.state import policy_tensors
@@ -43,7 +42,6 @@ from raylign.types import SampleKey
 from rollout.prompts import load_prompts
 from services.config import load_run_config
 
-ROOT = Path(__file__).parents[1]
 ALGORITHMS = (
     *("nft", "awm", "crd", "crd_free", "crd_anchored"),
     *("flow_grpo", "flow_grpo_fast", "grpo_guard", "mix_grpo", "dance_grpo", "ddpo"),
@@ -71,46 +69,20 @@ class Job:
 
 
 def train(job: Job, options: argparse.Namespace) -> Path:
-    """Train once, as a person would; returns the run's folder. A run that is there already is kept."""
+    """Train once; returns the run's folder."""
     run_dir = options.folder / f"{job.task}-{job.algorithm}-{job.seed}"
-    summary = run_dir / "summary.json"
-    if summary.is_file() and json.loads(summary.read_text())["status"] == "finished":
-        return run_dir
     preset, changes = VARIANTS.get(job.algorithm, (job.algorithm, ()))
-    command = [sys.executable, "-m", "services.cli", "train", TASKS[job.task], preset, "--run-dir", str(run_dir)]
-    command += ["--seed", str(job.seed), "--num_steps", str(options.steps), "--placement", "in_process"]
-    command += ["--eval.every_steps", str(options.every), "--eval.samples_per_prompt", "2"]
-    command += ["--checkpoint.every_steps", str(options.every), "--checkpoint.keep", "99", *changes]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, check=False, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    if done.returncode:
-        raise SystemExit(f"{job} failed:\n{done.stdout[-3000:]}")
-    print(f"{datetime.now(UTC):%H:%M:%S} {job} done", file=sys.stderr, flush=True)
+    arguments = [TASKS[job.task], preset, "--seed", str(job.seed), "--num_steps", str(options.steps)]
+    arguments += ["--placement", "in_process", "--eval.every_steps", str(options.every)]
+    arguments += ["--eval.samples_per_prompt", "2", "--checkpoint.every_steps", str(options.every)]
+    train_once([*arguments, "--checkpoint.keep", "99", *changes], run_dir)
     return run_dir
 
 
 def read(job: Job, run_dir: Path) -> dict[str, Any]:
     """What a run left behind, with its drift."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = {row["step"]: row for row in rows if "reward/mean" in row}
-    evals = [row for row in rows if "eval/mean" in row]
-    # Evaluations are not training: their time is left out of every comparison.
-    spent = {0: 0.0}
-    for step in sorted(steps):
-        phases = steps[step]
-        spent[step] = spent[step - 1] + phases["time/step_s"] - phases.get("time/evaluate_s", 0.0)
-    names = [name.removeprefix("eval/") for name in evals[0] if name.startswith("eval/")]
-    curve = [
-        {
-            "step": row["step"],
-            "samples": row["step"] * SAMPLES_PER_STEP,
-            "seconds": spent[row["step"]],
-            **{name: row[f"eval/{name}"] for name in names},
-        }
-        for row in evals
-    ]
+    steps = step_rows(run_dir)
+    curve = held_out_curve(run_dir, SAMPLES_PER_STEP)
     for point, drift in zip(curve, drifts(job, run_dir), strict=True):
         point["drift"] = drift
     return {
@@ -123,24 +95,6 @@ def read(job: Job, run_dir: Path) -> dict[str, Any]:
         "seconds_to_wanted": crossing(curve, "seconds", WANTED[job.task]),
         "drift_at_wanted": crossing(curve, "drift", WANTED[job.task]),
     }
-
-
-def crossing(curve: Sequence[Mapping[str, float]], axis: str, wanted: float) -> float | None:
-    """Where the held-out reward first reaches `wanted`, between evaluations by a straight line; None if never."""
-    for before, after in itertools.pairwise(curve):
-        if before["mean"] < wanted <= after["mean"]:
-            share = (wanted - before["mean"]) / (after["mean"] - before["mean"])
-            return before[axis] + share * (after[axis] - before[axis])
-    return None
-
-
-def at(curve: Sequence[Mapping[str, float]], seconds: float) -> float:
-    """The held-out reward after so many seconds of training; the last one if the run was over by then."""
-    for before, after in itertools.pairwise(curve):
-        if before["seconds"] <= seconds < after["seconds"]:
-            share = (seconds - before["seconds"]) / (after["seconds"] - before["seconds"])
-            return before["mean"] + share * (after["mean"] - before["mean"])
-    return curve[-1]["mean"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,14 +154,12 @@ def table(runs: Sequence[Mapping[str, Any]], seconds: float) -> str:
         lines += [f"**{task}**", "", f"| algorithm | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
         for algorithm in dict.fromkeys(run["algorithm"] for run in of_task):
             mine = [run for run in of_task if run["algorithm"] == algorithm]
-            cells = [_change(mine, "mean"), _spread([at(run["curve"], seconds) for run in mine])]
-            for name in ("samples_to_wanted", "seconds_to_wanted"):
-                reached = [run[name] for run in mine if run[name] is not None]
-                cells.append(_reached(reached, len(mine)))
+            cells = [_change(mine, "mean"), spread([at(run["curve"], seconds) for run in mine])]
+            cells += [reached([run[name] for run in mine]) for name in ("samples_to_wanted", "seconds_to_wanted")]
             cells += [_change(mine, name) for name in (*held_out, "diversity")]
-            cells.append(_spread([run["curve"][-1]["drift"] for run in mine]))
+            cells.append(spread([run["curve"][-1]["drift"] for run in mine]))
             there = [run["drift_at_wanted"] for run in mine if run["drift_at_wanted"] is not None]
-            cells.append(_spread(there) if there else "–")
+            cells.append(spread(there) if there else "–")
             lines.append(f"| `{algorithm}` | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
@@ -215,27 +167,7 @@ def table(runs: Sequence[Mapping[str, Any]], seconds: float) -> str:
 
 def _change(runs: Sequence[Mapping[str, Any]], name: str) -> str:
     before = statistics.median(run["curve"][0][name] for run in runs)
-    return f"{before:.2f} → {_spread([run['curve'][-1][name] for run in runs])}"
-
-
-def _reached(values: Sequence[float], count: int) -> str:
-    if not values:
-        return f"0 of {count}"
-    return f"{statistics.median(values):.0f}" + (f" ({len(values)} of {count})" if len(values) < count else "")
-
-
-def _spread(values: Sequence[float], digits: int = 2) -> str:
-    middle, low, high = statistics.median(values), min(values), max(values)
-    return f"**{middle:.{digits}f}** ({low:.{digits}f}–{high:.{digits}f})"
-
-
-def pyplot() -> Any:
-    """matplotlib's plotting module, which draws to files only."""
-    try:
-        importlib.import_module("matplotlib").use("Agg")
-    except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install 'raylign[plots]'") from None
-    return importlib.import_module("matplotlib.pyplot")
+    return f"{before:.2f} → {spread([run['curve'][-1][name] for run in runs])}"
 
 
 def plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
