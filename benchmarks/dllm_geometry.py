@@ -27,24 +27,26 @@ resident set so far, which only ever grows.
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import resource
-import shlex
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
-from roofline import Ledger, Machine, block_parameters, call_bytes, call_flops, floor_s, head_parameters
 
+from benchmarks.measuring import (
+    CALLS_PER_REPEAT,
+    Clock,
+    make_parser,
+    parse_with_device,
+    publish,
+    rising_rewards,
+    spread,
+    take_step,
+    tell,
+    use_device,
+)
+from benchmarks.roofline import Ledger, Machine, block_parameters, call_bytes, call_flops, floor_s, head_parameters
 from learner.algorithms import AlgorithmUnion
 from learner.algorithms.bgpo import BgpoConfig
 from learner.algorithms.d1 import D1Config
@@ -61,19 +63,9 @@ from raylign.samplers import TokenSampler, make_token_sampler
 from raylign.samplers.entropy_bounded import EntropyBoundedConfig
 from raylign.samplers.low_confidence import LowConfidenceConfig
 from raylign.samplers.threshold import ThresholdConfig
-from raylign.types import (
-    Needs,
-    Prompt,
-    RewardBreakdown,
-    Rollout,
-    RolloutGroup,
-    RolloutStatus,
-    SampleKey,
-    TokenTrajectory,
-)
+from raylign.types import Needs, Prompt, Rollout, RolloutGroup, RolloutStatus, SampleKey, TokenTrajectory
 from rollout.texts import TokenSetup, unmask
 
-ROOT = Path(__file__).parents[1]
 GEOMETRIES: dict[str, dict[str, int]] = {
     # GSAI-ML/LLaDA-8B-Instruct, config.json
     "llada-8b": {
@@ -91,7 +83,6 @@ CACHES: tuple[CacheKind, ...] = ("none", "prefix", "dual")
 SAMPLERS = ("plain", "threshold", "entropy_bounded")
 ALGORITHMS = ("d1", "diffpo", "bgpo")
 RUN_SEED = 0
-CALLS_PER_REPEAT = 4
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 
 
@@ -101,6 +92,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.device = torch.device(options.device)
+        self.clock = Clock(self.device)
         self.dtype = DTYPES[options.precision]
         self.config = LladaConfig(
             path="random weights",
@@ -139,45 +131,26 @@ class Bench:
         return make_token_sampler(configs[name], length)
 
     def timed(self, job: Callable[[], Any], repeats: int) -> list[float]:
-        """Seconds of each repetition, the device idle before and after; `ledger` has the calls of the last one."""
-        seconds: list[float] = []
-        for _ in range(repeats):
+        """Seconds of each repetition; `ledger` has the calls of the last one."""
+
+        def alone() -> None:
             self.ledger.calls = []
-            self.synchronise()
-            started_s = time.perf_counter()
             job()
-            self.synchronise()
-            seconds.append(time.perf_counter() - started_s)
-        return seconds
+
+        return self.clock.timed(alone, repeats)
 
     def against_floor(self, job: Callable[[], Any], repeats: int) -> dict[str, Any]:
         """A job's seconds, beside the least that the calls of one repetition can take, and its peak memory."""
-        self.forget_peak()
+        self.clock.forget_peak()
         seconds = self.timed(job, repeats)
         least_s = floor_s(self.network.shape, self.ledger.calls, self.dtype.itemsize, self.machine)
-        median_s = statistics.median(seconds)
+        told = spread(seconds)
         return {
-            "seconds": {"median": median_s, "min": min(seconds), "max": max(seconds)},
+            "seconds": told,
             "floor_s": least_s,
-            "measured_over_floor": median_s / least_s,
-            "peak_bytes": self.peak_bytes(),
+            "measured_over_floor": told["median"] / least_s,
+            "peak_bytes": self.clock.peak_bytes(),
         }
-
-    def synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def forget_peak(self) -> None:
-        """Let the next peak be of what follows; on a CPU nothing can be forgotten."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peak_bytes(self) -> int:
-        """Most memory held since `forget_peak` (CUDA), or largest resident set of the process (CPU, in KiB there)."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     @torch.no_grad()
     def _measure_machine(self) -> Machine:
@@ -299,8 +272,7 @@ def draw_group(bench: Bench, sampler: TokenSampler) -> RolloutGroup:
     setup = TokenSetup(sampler, Needs.FINAL)
     trajectory = unmask(bench.policy(adapter=False), setup, bench.prompt.repeat(size), keys)
     rollouts = tuple(Rollout(key, RolloutStatus.OK, 0, 0) for key in keys)
-    group = RolloutGroup(Prompt("p", "random tokens"), 0, 0, rollouts, trajectory, bench.prompt)
-    return group.with_rewards([RewardBreakdown(float(sibling), ()) for sibling in range(size)])
+    return rising_rewards(RolloutGroup(Prompt("p", "random tokens"), 0, 0, rollouts, trajectory, bench.prompt))
 
 
 def measure_training(bench: Bench) -> dict[str, Any]:
@@ -329,24 +301,13 @@ def measure_training(bench: Bench) -> dict[str, Any]:
     return rows
 
 
-def take_step(learner: Learner, group: RolloutGroup) -> None:
-    """One step of one update, optimiser included."""
-    learner.begin_step([group], 1)
-    learner.forward_backward(0)
-    if not learner.optimise(0).finite:
-        raise SystemExit("the update was not finite")
-    learner.end_step(1)
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The parts that were asked for; the learner's last, as it attaches an adapter."""
-    if options.device == "cpu":
-        torch.set_num_threads(options.threads)
+    device = use_device(options)
     bench = Bench(options)
     shape = bench.network.shape
     found: dict[str, Any] = {
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "cpu",
+        **device,
         "num_parameters": sum(parameter.numel() for parameter in bench.network.parameters()),
         "matrix_parameters": {"blocks": block_parameters(shape), "output_layer": head_parameters(shape)},
         "machine": {"flops_per_s": bench.machine.flops_per_s, "bytes_per_s": bench.machine.bytes_per_s},
@@ -356,28 +317,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return found | {name: part(bench) for name, part in parts.items() if name in options.parts}
 
 
-def tell(name: str, row: dict[str, Any]) -> None:
-    """Show a finished row at once."""
-    print(f"{name}: {json.dumps(row)}", file=sys.stderr, flush=True)
-
-
-def parse_options() -> argparse.Namespace:
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. Exits for what cannot be measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=sorted(COPY_BYTES), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = make_parser(
+        __doc__,
+        (
+            ("batch", 4, "answers decoded at once, and siblings in the learner's group"),
+            ("canvas-length", 256, "answer tokens, a multiple of the block"),
+            ("prompt-length", 128, "prompt tokens"),
+            ("block-length", 32, "canvas positions filled together, an even number"),
+            ("micro-batch", 4, "answers per forward of the learner"),
+            ("rank", 128, "of the adapter, as d1 has it"),
+        ),
+    )
     parser.add_argument("--geometry", choices=list(GEOMETRIES), default="llada-8b")
-    parser.add_argument("--precision", choices=list(DTYPES), default="bf16", help="of the weights; adapters are fp32")
-    for name, default, what in (
-        ("batch", 4, "answers decoded at once, and siblings in the learner's group"),
-        ("canvas-length", 256, "answer tokens, a multiple of the block"),
-        ("prompt-length", 128, "prompt tokens"),
-        ("block-length", 32, "canvas positions filled together, an even number"),
-        ("micro-batch", 4, "answers per forward of the learner"),
-        ("rank", 128, "of the adapter, as d1 has it"),
-        ("repeats", 3, "measurements after the warm-up"),
-        ("threads", 1, "CPU threads, with --device cpu"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
     parser.add_argument("--alpha", type=float, default=64.0, help="of the adapter (default 64)")
     parser.add_argument("--samples", type=int, nargs="+", default=[2, 16], help="BGPO's samples per answer")
     for name, choices in (
@@ -387,12 +340,7 @@ def parse_options() -> argparse.Namespace:
         ("algorithms", ALGORITHMS),
     ):
         parser.add_argument(f"--{name}", nargs="+", choices=choices, default=list(choices), help="default: all")
-    parser.add_argument("--force", action="store_true", help="run llada-8b on a CPU all the same")
-    parser.add_argument("--hardware", default="", help="what to say about the machine")
-    parser.add_argument("--json", type=Path, help="also write the result here")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch finds no CUDA device; use --device cpu --geometry small")
+    options = parse_with_device(parser, arguments)
     if options.geometry == "llada-8b" and options.device == "cpu" and not options.force:
         parser.error(
             "llada-8b on a CPU takes 16 GB of weights and minutes per call of the network; use --geometry small to try "
@@ -410,22 +358,12 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     """Measure and print."""
     options = parse_options()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    report = {
-        "command": shlex.join(["python", "benchmarks/dllm_geometry.py", *sys.argv[1:]]),
-        "commit": commit,
-        "date": datetime.now(UTC).date().isoformat(),
-        "hardware": options.hardware,
+    found = {
         "geometry": GEOMETRIES[options.geometry],
         "setting": {key: value for key, value in vars(options).items() if key not in ("json", "hardware")},
         **measure(options),
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n", encoding="utf-8")
+    publish(__file__, options, found)
 
 
 if __name__ == "__main__":

@@ -28,18 +28,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import resource
-import shlex
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,6 +38,18 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measuring import (
+    CALLS_PER_REPEAT,
+    Clock,
+    make_parser,
+    parse_with_device,
+    publish,
+    rising_rewards,
+    spread,
+    take_step,
+    tell,
+    use_device,
+)
 from learner.algorithms.nft import NftConfig
 from learner.learner import Learner, LearnerConfig
 from raylign.keys import generator
@@ -61,12 +64,10 @@ from raylign.models.tuned import TunedWeights
 from raylign.precision import DTYPES
 from raylign.samplers import Sampler, make_sampler
 from raylign.samplers.euler_ode import EulerOdeConfig
-from raylign.types import Needs, Prompt, RewardBreakdown, Rollout, RolloutGroup, RolloutStatus, SampleKey
+from raylign.types import Needs, Prompt, Rollout, RolloutGroup, RolloutStatus, SampleKey
 from rollout.images import SamplerSetup, denoise
 
-ROOT = Path(__file__).parents[1]
 RUN_SEED = 0
-CALLS_PER_REPEAT = 4
 PARTS, MODES = ("call", "rollout", "train"), ("eager", "compiled")
 
 
@@ -204,6 +205,7 @@ class Bench:
         self.options = options
         self.published = published = GEOMETRIES[name]
         self.device, self.dtype = torch.device(options.device), DTYPES[options.precision]
+        self.clock = Clock(self.device)
         lora = LoraSettings(rank=options.rank, alpha=2.0 * options.rank)
         self.config = published.config(path="random weights", height=options.size, width=options.size, lora=lora)
         network, vae = published.network, empty(*published.vae).config
@@ -229,47 +231,20 @@ class Bench:
         )
         return ImagePolicy(architecture, self.config, network, pipeline, self.geometry, FlowSchedule(3.0), weights)
 
-    def timed(self, job: Callable[[], Any], repeats: int) -> list[float]:
-        """Seconds of each repetition, the device idle before and after."""
-        seconds: list[float] = []
-        for _ in range(repeats):
-            self.synchronise()
-            started_s = time.perf_counter()
-            job()
-            self.synchronise()
-            seconds.append(time.perf_counter() - started_s)
-        return seconds
-
     def row(self, job: Callable[[], Any], flops: int, rate: float, repeats: int) -> dict[str, Any]:
         """Warm up, then a job's seconds, what of the device's rate it reaches, and its peak memory."""
-        self.forget_peak()
-        (first_s,) = self.timed(job, 1)
-        seconds = self.timed(job, repeats)
-        median_s = statistics.median(seconds)
-        return {
-            "seconds": {"median": median_s, "min": min(seconds), "max": max(seconds), "first": first_s},
-            "flops": flops,
-            "flops_per_s": flops / median_s,
-            "of_measured_rate": flops / median_s / rate,
-            "peak_bytes": self.peak_bytes(),
-        }
-
-    def synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def forget_peak(self) -> None:
-        """Let the next peak be of what follows; on a CPU nothing can be forgotten."""
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peak_bytes(self) -> int:
-        """Most memory held since `forget_peak` (CUDA), or largest resident set of the process (CPU, in KiB there)."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        torch.cuda.empty_cache()  # nothing without CUDA
+        self.clock.forget_peak()
+        (first_s,) = self.clock.timed(job, 1)
+        told = spread(self.clock.timed(job, repeats))
+        return {
+            "seconds": told | {"first": first_s},
+            "flops": flops,
+            "flops_per_s": flops / told["median"],
+            "of_measured_rate": flops / told["median"] / rate,
+            "peak_bytes": self.clock.peak_bytes(),
+        }
 
     @torch.no_grad()
     def matmul_rate(self) -> float:
@@ -281,8 +256,8 @@ class Bench:
         left = torch.randn(tokens, width, generator=draw).to(self.device, self.dtype)
         right = torch.randn(width, 4 * width, generator=draw).to(self.device, self.dtype)
         multiply = partial(torch.mm, left, right)
-        self.timed(multiply, 3)
-        return 2 * tokens * width * 4 * width / min(self.timed(multiply, 5 * self.options.repeats))
+        self.clock.timed(multiply, 3)
+        return 2 * tokens * width * 4 * width / min(self.clock.timed(multiply, 5 * self.options.repeats))
 
 
 def empty(name: str, config: dict[str, Any]) -> Any:
@@ -381,16 +356,7 @@ def make_group(bench: Bench, policy: ImagePolicy) -> RolloutGroup:
         trajectory = denoise(policy, SamplerSetup(once, 1.0, Needs.FINAL), told, keys)
     rollouts = tuple(Rollout(key, RolloutStatus.OK, 0, 0) for key in keys)
     group = RolloutGroup(Prompt("p", "random embeddings"), 0, 0, rollouts, trajectory, bench.conditioning)
-    return group.with_rewards([RewardBreakdown(float(sibling), ()) for sibling in range(size)])
-
-
-def take_step(learner: Learner, group: RolloutGroup) -> None:
-    """One step of one update, optimiser included."""
-    learner.begin_step([group], 1)
-    learner.forward_backward(0)
-    if not learner.optimise(0).finite:
-        raise SystemExit("the update was not finite")
-    learner.end_step(1)
+    return rising_rewards(group)
 
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -405,13 +371,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from diffusers.utils import logging
 
     logging.set_verbosity_error()
-    if options.device == "cpu":
-        torch.set_num_threads(options.threads)
-    found: dict[str, Any] = {
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(options.device) if options.device == "cuda" else "cpu",
-        "geometries": {},
-    }
+    found: dict[str, Any] = {**use_device(options), "geometries": {}}
     for name in options.geometry:
         bench = Bench(name, options)
         rate = bench.matmul_rate()
@@ -430,27 +390,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def tell(name: str, row: dict[str, Any]) -> None:
-    """Show a finished row at once."""
-    print(f"{name}: {json.dumps(row)}", file=sys.stderr, flush=True)
-
-
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. Exits for what cannot be measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=list(DTYPES), default="bf16", help="of the weights; adapters are fp32")
-    for name, default, what in (
-        ("size", 512, "height and width of the pictures in pixels"),
-        ("steps", 10, "denoising steps"),
-        ("batch", 16, "pictures drawn at once, and siblings in the learner's group"),
-        ("micro-batch", 8, "pictures per forward of the learner"),
-        ("levels", 2, "noise levels trained per picture"),
-        ("rank", 32, "of the adapter"),
-        ("repeats", 3, "measurements after the warm-up"),
-        ("threads", 1, "CPU threads, with --device cpu"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
+    parser = make_parser(
+        __doc__,
+        (
+            ("size", 512, "height and width of the pictures in pixels"),
+            ("steps", 10, "denoising steps"),
+            ("batch", 16, "pictures drawn at once, and siblings in the learner's group"),
+            ("micro-batch", 8, "pictures per forward of the learner"),
+            ("levels", 2, "noise levels trained per picture"),
+            ("rank", 32, "of the adapter"),
+        ),
+    )
     published = [name for name in GEOMETRIES if name != "small"]
     for name, choices, default in (
         ("geometry", list(GEOMETRIES), published),
@@ -458,12 +410,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         ("modes", MODES, MODES),
     ):
         parser.add_argument(f"--{name}", nargs="+", choices=choices, default=list(default), help="default: all")
-    parser.add_argument("--force", action="store_true", help="run published sizes on a CPU all the same")
-    parser.add_argument("--hardware", default="", help="what to say about the machine")
-    parser.add_argument("--json", type=Path, help="also write the result here")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch finds no CUDA device; use --device cpu --geometry small")
+    options = parse_with_device(parser, arguments)
     if options.device == "cpu" and options.geometry != ["small"] and not options.force:
         parser.error(
             "published sizes take gigabytes and minutes per call on a CPU; use --geometry small to try the program, "
@@ -479,20 +426,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure and print."""
     options = parse_options()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    report = {
-        "command": shlex.join(["python", "benchmarks/image_geometry.py", *sys.argv[1:]]),
-        "commit": commit,
-        "date": datetime.now(UTC).date().isoformat(),
-        "hardware": options.hardware,
-        **measure(options),
-    }
-    text = json.dumps(report, indent=1)
-    if options.json:
-        options.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    publish(__file__, options, measure(options))
 
 
 if __name__ == "__main__":
