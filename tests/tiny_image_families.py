@@ -5,10 +5,7 @@ A new family adds a row to `TINY_FAMILIES`; the contract tests run over it and f
 
 from __future__ import annotations
 
-import atexit
 import functools
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +20,7 @@ from raylign.models.sd3 import Sd3Config
 from raylign.models.sdxl import SdxlConfig
 from raylign.models.stable_diffusion import StableDiffusionConfig
 from tests.tiny_models import sd3_config, sd3_folder
+from tests.tiny_parts import saved, seeded
 from tests.tiny_stable_diffusion import sd15_config, sdxl_config
 
 
@@ -81,8 +79,7 @@ def flux_folder(guidance_embeds: bool = True) -> Path:
     from transformers import CLIPTextModel, T5EncoderModel
 
     parts = str(sd3_folder())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
+    with seeded(1):
         transformer = FluxTransformer2DModel(
             in_channels=16,
             num_layers=1,
@@ -105,7 +102,7 @@ def flux_folder(guidance_embeds: bool = True) -> Path:
         text_encoder_2=T5EncoderModel.from_pretrained(parts, subfolder="text_encoder_3"),
         tokenizer_2=_tokenizer("tokenizer_3"),
     )
-    return _saved(pipeline, "flux")
+    return saved(pipeline, "flux")
 
 
 def flux_config(tuning: Literal["lora", "full"] = "lora", **changes: object) -> FluxConfig:
@@ -136,8 +133,7 @@ def sana_folder(solver: bool = False) -> Path:
     from transformers import Gemma2Config, Gemma2Model
 
     solving: Any = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
+    with seeded(2):
         transformer = SanaTransformer2DModel(
             in_channels=4,
             out_channels=4,
@@ -185,7 +181,7 @@ def sana_folder(solver: bool = False) -> Path:
         transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(**solving) if solver else FlowMatchEulerDiscreteScheduler(shift=3.0),  # type: ignore[arg-type]  # either kind will do
     )
-    return _saved(pipeline, "sana")
+    return saved(pipeline, "sana")
 
 
 def sana_config(tuning: Literal["lora", "full"] = "lora", **changes: object) -> SanaConfig:
@@ -251,10 +247,3 @@ def _tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(sd3_folder() / name))
-
-
-def _saved(pipeline: Any, name: str) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix=f"raylign-tiny-{name}-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    pipeline.save_pretrained(str(folder))
-    return folder

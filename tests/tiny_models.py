@@ -6,13 +6,10 @@ stock diffusers parts. Neither can draw anything; both have every path the learn
 
 from __future__ import annotations
 
-import atexit
 import functools
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,6 +27,7 @@ from raylign.types import Needs, Prompt, RewardBreakdown, RewardFailure, Rollout
 from raylign.weights import WeightSnapshot, make_snapshot, verify_snapshot
 from rollout.engine import RolloutEngine, SamplerSetup, chunk_requests, join_parts
 from rollout.prompts import GroupTask
+from tests.tiny_parts import clip_text, clip_tokenizer, kl_vae, saved, seeded, t5_tokenizer
 
 RUN_SEED = 11
 Reward = Callable[[int, int], float | None]
@@ -89,17 +87,13 @@ class ToyPolicy:
 def sd3_folder() -> Path:
     """A saved random SD3 pipeline, built once per test session: 2 layers 32 wide, 8 x 16 pixels and up, no T5 text."""
     from diffusers import (
-        AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
         StableDiffusion3Pipeline,
     )
     from transformers import T5Config, T5EncoderModel
 
-    folder = Path(tempfile.mkdtemp(prefix="raylign-tiny-sd3-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         transformer = SD3Transformer2DModel(
             sample_size=8,
             patch_size=2,
@@ -114,33 +108,21 @@ def sd3_folder() -> Path:
             pos_embed_max_size=8,
             qk_norm="rms_norm",
         )
-        build_vae: Any = AutoencoderKL  # diffusers types its tuples as one long
-        vae = build_vae(
-            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            layers_per_block=1,
-            latent_channels=4,
-            shift_factor=0.06,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+        vae = kl_vae(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
         pipeline = StableDiffusion3Pipeline(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=vae,
-            text_encoder=_clip(),
-            tokenizer=_clip_tokenizer(),
-            text_encoder_2=_clip(),
-            tokenizer_2=_clip_tokenizer(),
+            text_encoder=clip_text(),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=clip_text(),
+            tokenizer_2=clip_tokenizer(),
             text_encoder_3=T5EncoderModel(
                 T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
             ),
-            tokenizer_3=_t5_tokenizer(),
+            tokenizer_3=t5_tokenizer(),
         )
-    pipeline.save_pretrained(str(folder))
-    return folder
+    return saved(pipeline, "sd3")
 
 
 def sd3_config(tuning: Literal["lora", "full"] = "lora", **changes: object) -> Sd3Config:
@@ -217,46 +199,3 @@ def train_step(learner: Learner, groups: Sequence[RolloutGroup], step: int) -> l
         results.append(StepResult({**credit, **result.metrics}, result.finite))
     learner.end_step(step)
     return results
-
-
-def _clip() -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(
-        vocab_size=len(_VOCABULARY),
-        hidden_size=16,
-        intermediate_size=16,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    return CLIPTextModelWithProjection(config)
-
-
-_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
-_VOCABULARY = {"<|startoftext|>": 0, "<|endoftext|>": 1} | {
-    token: 2 + place for place, token in enumerate([*_LETTERS, *(f"{letter}</w>" for letter in _LETTERS)])
-}
-
-
-def _clip_tokenizer() -> Any:
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer(
-        vocab=_VOCABULARY, merges=[], unk_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=16
-    )
-
-
-def _t5_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {letter: 3 + place for place, letter in enumerate(_LETTERS)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
-import shutil
-import tempfile
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from raylign.models.adapters import LoraSettings
 from raylign.models.sdxl import SdxlConfig
 from raylign.models.stable_diffusion import StableDiffusionConfig
-from tests.tiny_models import _VOCABULARY, _clip, _clip_tokenizer
+from tests.tiny_parts import clip_text, clip_tokenizer, kl_vae, saved, seeded
 
 # The keys of the published scheduler_config.json files that set the noise levels.
 PUBLISHED_SCHEDULE: dict[str, Any] = {
@@ -49,18 +43,18 @@ def sd15_folder(v_prediction: bool = False) -> Path:
     """A saved Stable Diffusion 1.5 pipeline without a safety checker, built once per test session."""
     from diffusers import StableDiffusionPipeline
 
-    with _seeded():
+    with seeded():
         pipeline = StableDiffusionPipeline(
-            vae=_vae(),
-            text_encoder=_text_model(),
-            tokenizer=_clip_tokenizer(),
+            vae=kl_vae(),
+            text_encoder=clip_text(projected=False),
+            tokenizer=clip_tokenizer(),
             unet=_unet(cross_attention_dim=16),
             scheduler=ddim(ZERO_SNR if v_prediction else PUBLISHED_SCHEDULE),
             safety_checker=None,  # type: ignore[arg-type]  # optional, which its annotation does not say
             feature_extractor=None,  # type: ignore[arg-type]  # likewise
             requires_safety_checker=False,
         )
-    return _save(pipeline, "sd15")
+    return saved(pipeline, "sd15")
 
 
 @functools.cache
@@ -68,7 +62,7 @@ def sdxl_folder() -> Path:
     """A saved Stable Diffusion XL pipeline, built once per test session."""
     from diffusers import StableDiffusionXLPipeline
 
-    with _seeded():
+    with seeded():
         unet = _unet(
             cross_attention_dim=32,
             addition_embed_type="text_time",
@@ -76,16 +70,16 @@ def sdxl_folder() -> Path:
             projection_class_embeddings_input_dim=6 * 8 + 16,
         )
         pipeline = StableDiffusionXLPipeline(
-            vae=_vae(),
-            text_encoder=_text_model(),
-            text_encoder_2=_clip(),
-            tokenizer=_clip_tokenizer(),
-            tokenizer_2=_clip_tokenizer(),
+            vae=kl_vae(),
+            text_encoder=clip_text(projected=False),
+            text_encoder_2=clip_text(),
+            tokenizer=clip_tokenizer(),
+            tokenizer_2=clip_tokenizer(),
             unet=unet,
             scheduler=ddim(PUBLISHED_SCHEDULE),
             add_watermarker=False,
         )
-    return _save(pipeline, "sdxl")
+    return saved(pipeline, "sdxl")
 
 
 def sd15_config(tuning: Literal["lora", "full"] = "lora", **changes: object) -> StableDiffusionConfig:
@@ -100,20 +94,6 @@ def sdxl_config(tuning: Literal["lora", "full"] = "lora", **changes: object) -> 
     path = str(sdxl_folder())
     tiny = SdxlConfig(path=path, height=16, width=16, tuning=tuning, lora=LoraSettings(rank=2, alpha=4.0))
     return tiny.model_copy(update=changes)
-
-
-@contextmanager
-def _seeded() -> Generator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-def _save(pipeline: Any, name: str) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix=f"raylign-tiny-{name}-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    pipeline.save_pretrained(str(folder))
-    return folder
 
 
 def _unet(**changes: Any) -> Any:
@@ -131,36 +111,4 @@ def _unet(**changes: Any) -> Any:
         norm_num_groups=4,
         attention_head_dim=4,
         **changes,
-    )
-
-
-def _vae() -> Any:
-    from diffusers import AutoencoderKL
-
-    build: Any = AutoencoderKL  # diffusers types its tuples as one long
-    return build(
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        layers_per_block=1,
-        latent_channels=4,
-    )
-
-
-def _text_model() -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(_VOCABULARY),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
     )
