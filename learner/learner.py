@@ -30,7 +30,8 @@ from raylign.models.base import Conditioning
 from raylign.models.tokens import BUDGET_HEAD, TokenPrompts, finite_logits, probed
 from raylign.precision import Precision
 from raylign.types import RolloutGroup, StepResult, WeightVersion
-from raylign.weights import WeightSnapshot
+from raylign.weight_delta import worthwhile_delta
+from raylign.weights import SnapshotKind, WeightSnapshot
 
 Which = Literal["rollout", "current", "eval"]
 """The policy that samples (a slow copy, for some algorithms), the one being trained, or the one that is evaluated (its
@@ -76,6 +77,9 @@ class LearnerConfig(Config):
     """Compute precision; master weights are fp32 either way."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    publish: Literal["whole", "delta"] = "whole"
+    """What goes to rollout actors of other processes: all trained weights, or what changed since the last version where
+    that is less. A delta keeps a copy of the last version in host memory; it pays over slow networks only."""
 
     @property
     def num_updates(self) -> int:
@@ -130,6 +134,7 @@ class Learner:
         self._num_optimiser_steps = 0
         self._batches: tuple[TrainBatch, ...] = ()
         self._tally = MetricTally((), policy.device)
+        self._published: dict[Which, WeightSnapshot] = {}
 
     @property
     def num_optimiser_steps(self) -> int:
@@ -222,6 +227,19 @@ class Learner:
         """A verified snapshot of one of the learner's policies. A copy: safe to send."""
         relative = self._relative(which)
         return self.policy.export_weights(version, None if relative is None else self.policies.relatives[relative])
+
+    def publish_changes(
+        self, version: WeightVersion, which: Which = "rollout"
+    ) -> tuple[WeightSnapshot | None, WeightSnapshot, SnapshotKind]:
+        """What changed since this was last called for the same policy, the whole snapshot, and which of them to send.
+
+        There is no delta, and the whole is to be sent, the first time and where a delta would not pay.
+        """
+        whole = self.publish(version, which)
+        base = self._published.get(which)
+        self._published[which] = whole
+        delta = None if base is None else worthwhile_delta(base, whole)
+        return delta, whole, (delta or whole).kind
 
     def predict(
         self,

@@ -15,7 +15,7 @@ from learner.algorithms.crd import CrdConfig
 from learner.algorithms.flow_grpo import FlowGrpoConfig
 from learner.algorithms.nft import NftConfig
 from learner.decay import DecaySchedule
-from learner.learner import Learner, LearnerConfig
+from learner.learner import Learner, LearnerConfig, Which
 from learner.noise_levels import TrainTimes
 from learner.state import LearnerState, policy_tensors
 from raylign.errors import CheckpointError, NumericsError, RewardError, WeightError
@@ -23,6 +23,7 @@ from raylign.models import load_policy
 from raylign.models.swapping import clone_tensors
 from raylign.samplers import Sampler
 from raylign.types import Needs, RolloutGroup
+from raylign.weight_delta import apply_delta
 from tests.tiny_models import RUN_SEED, ToyPolicy, by_sibling, draw_groups, euler, flow_sde, sd3_config, train_step
 
 NFT = NftConfig(old_decay=DecaySchedule(slope=0.1))
@@ -226,6 +227,37 @@ def test_nft_publishes_its_old_policy_and_flow_grpo_its_current_one() -> None:
     follower.load_weights(nft.publish(2))
     for name, tensor in clone_tensors(follower).items():
         assert torch.equal(tensor, nft.policies.relatives["old"][name])
+
+
+def test_changes_are_published_from_the_second_time_on_and_lead_to_the_whole() -> None:
+    learner = make(GRPO, lr=1e-6, publish="delta")
+    first, held, kind = learner.publish_changes(0)
+    assert (first, kind, held.kind) == (None, "full", "full")
+    train_step(learner, groups_for(GRPO), 1)
+    delta, whole, kind = learner.publish_changes(1)
+    assert delta is not None
+    assert kind == delta.kind == "delta"
+    assert whole.sha256 == learner.publish(1).sha256 != held.sha256
+    assert apply_delta(held, delta).sha256 == whole.sha256
+
+
+def test_each_published_policy_has_changes_of_its_own() -> None:
+    learner = make(NFT, lr=1e-6, ema_decay=0.9)
+    both: tuple[Which, ...] = ("rollout", "eval")
+    bases = {which: learner.publish_changes(0, which)[1] for which in both}
+    train_step(learner, groups_for(NFT), 1)
+    for which, base in bases.items():
+        delta, whole, _ = learner.publish_changes(1, which)
+        assert delta is not None
+        assert apply_delta(base, delta).sha256 == whole.sha256 == learner.publish(1, which).sha256
+
+
+def test_changes_that_are_as_large_as_the_weights_are_not_sent() -> None:
+    learner = make(GRPO, lr=10.0)
+    learner.publish_changes(0)
+    train_step(learner, groups_for(GRPO), 1)
+    delta, whole, kind = learner.publish_changes(1)
+    assert (delta, kind, whole.version) == (None, "full", 1)
 
 
 def test_a_published_snapshot_does_not_move_with_the_weights() -> None:
