@@ -70,6 +70,20 @@ class Probe:
     answer: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What loading a snapshot took: which it was, its bytes, and seconds to verify and swap it in.
+
+    requantise_s, packed_bytes: making the low-precision copies anew from it, and their size; 0 where there are none.
+    """
+
+    version: WeightVersion
+    num_bytes: int
+    load_s: float
+    requantise_s: float = 0.0
+    packed_bytes: int = 0
+
+
 class Denoiser(Protocol):
     """Draws samples of one modality, with whatever weights the policy holds."""
 
@@ -85,8 +99,8 @@ class Denoiser(Protocol):
         """`count` samples of each prompt, prompt by prompt, one per key, for one learner step (0: evaluation)."""
         ...
 
-    def probe(self, text: str, run_seed: int, version: WeightVersion) -> Probe:
-        """Answers for one prompt, unguided, at keyed states of three noise levels."""
+    def probe(self, text: str, slot: Slot, run_seed: int, version: WeightVersion) -> Probe:
+        """What a slot answers for one prompt, unguided, at keyed states of three noise levels."""
         ...
 
 

@@ -6,9 +6,11 @@ keyed, so a sample is bit for bit the same whoever makes it. What is drawn, pict
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ import torch
 from raylign.errors import ConfigError, WeightError
 from raylign.models.base import DenoisingPolicy
 from raylign.models.tokens import TokenPolicy
+from raylign.precision.shadow import Shadow
 from raylign.types import Rollout, RolloutGroup, RolloutStatus, SampleKey, WeightVersion
 from raylign.weights import WeightSnapshot
 from rollout.drawn import (
@@ -25,6 +28,7 @@ from rollout.drawn import (
     Drawn,
     EvalPoint,
     Probe,
+    Pulled,
     Slot,
     WeightSlot,
     join_trajectories,
@@ -48,24 +52,57 @@ class ChunkRequest:
     """Where along a curve an evaluation draws."""
 
 
+@dataclass(frozen=True, slots=True)
+class LowPrecision(Generic[PolicyT]):
+    """How a slot computes with a low-precision copy of the network: the copy, and the policy over it."""
+
+    policy: PolicyT
+    shadow: Shadow
+
+
 class RolloutEngine(Generic[PolicyT]):
     """Draws chunks with whichever published weights their slot asks for."""
 
-    def __init__(self, policy: PolicyT, setups: Mapping[Slot, SamplerSetup | TokenSetup], run_seed: int) -> None:
-        """All setups are of one modality, the policy's. Raises ConfigError if they are not."""
+    def __init__(
+        self,
+        policy: PolicyT,
+        setups: Mapping[Slot, SamplerSetup | TokenSetup],
+        run_seed: int,
+        low_precision: Mapping[Slot, LowPrecision[PolicyT]] | None = None,
+    ) -> None:
+        """All setups are of one modality, the policy's. Raises ConfigError if they are not.
+
+        low_precision: the slots that compute with a copy of the network, of the rollout weights always.
+        """
         self.policy = policy
         self._setups = setups
         self._run_seed = run_seed
-        self._denoiser = _make_denoiser(policy, setups, run_seed)
+        self._low = dict(low_precision or {})
+        if "eval" in self._low:
+            raise ConfigError("evaluations are drawn in the training precision; leave slot 'eval' out of low_precision")
+        computing: dict[Slot, PolicyT] = {slot: low.policy for slot, low in self._low.items()}
+        self._denoiser = _make_denoiser(policy, setups, run_seed, computing)
         self._snapshots: dict[WeightSlot, WeightSnapshot] = {}
         self._loaded: WeightSlot | None = None
 
-    def pull(self, snapshot: WeightSnapshot, slot: WeightSlot = "rollout") -> WeightVersion:
-        """Verify and load a published snapshot, between batches. Raises WeightError and keeps the old on a fault."""
+    def pull(self, snapshot: WeightSnapshot, slot: WeightSlot = "rollout") -> Pulled:
+        """Verify and load a published snapshot, between batches. Raises WeightError and keeps the old on a fault.
+
+        Low-precision copies are made anew from the rollout weights, in the memory they are in.
+        """
+        started_s = time.perf_counter()
         self.policy.load_weights(snapshot)
         self._snapshots[slot] = snapshot
         self._loaded = slot
-        return snapshot.version
+        loaded_s = time.perf_counter() - started_s
+        copies = [low.shadow.refresh() for low in self._low.values()] if slot == "rollout" else []
+        return Pulled(
+            snapshot.version,
+            snapshot.num_bytes,
+            loaded_s,
+            requantise_s=sum(copy.seconds for copy in copies),
+            packed_bytes=sum(copy.num_bytes for copy in copies),
+        )
 
     def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
         """One (part of a) group per task, with the request's siblings. Not thread-safe.
@@ -79,17 +116,25 @@ class RolloutEngine(Generic[PolicyT]):
             for task in request.tasks
             for index in request.sample_indices
         ]
-        with torch.no_grad():
+        with torch.no_grad(), self._prepared(request.slot):
             texts = [task.prompt.text for task in request.tasks]
             step = request.tasks[0].learner_step
             drawn = self._denoiser.draw(texts, count, request.slot, keys, request.point, step)
         return [_group(task, keys, drawn, place, count, version) for place, task in enumerate(request.tasks)]
 
-    def probe(self, text: str) -> Probe:
-        """The rollout policy's answers for one prompt, unguided, at three noise levels."""
-        version = self._use("rollout")
-        with torch.no_grad():
-            return self._denoiser.probe(text, self._run_seed, version)
+    def probe(self, text: str, slot: Slot = "rollout") -> Probe:
+        """What a slot's policy answers for one prompt, unguided, at three noise levels."""
+        version = self._use(WEIGHTS_OF[slot])
+        with torch.no_grad(), self._prepared(slot):
+            return self._denoiser.probe(text, slot, self._run_seed, version)
+
+    @property
+    def precision_report(self) -> dict[Slot, str]:
+        """What computes the slots that have a low-precision copy, for a person to read; see `Shadow.describe`."""
+        return {slot: low.shadow.describe() for slot, low in self._low.items()}
+
+    def _prepared(self, slot: Slot) -> AbstractContextManager[object]:
+        return self._low[slot].shadow.prepared() if slot in self._low else nullcontext()
 
     def _use(self, slot: WeightSlot) -> WeightVersion:
         if slot not in self._snapshots:
@@ -144,7 +189,10 @@ def chunk_requests(
 
 
 def _make_denoiser(
-    policy: DenoisingPolicy | TokenPolicy, setups: Mapping[Slot, SamplerSetup | TokenSetup], run_seed: int
+    policy: DenoisingPolicy | TokenPolicy,
+    setups: Mapping[Slot, SamplerSetup | TokenSetup],
+    run_seed: int,
+    computing: Mapping[Slot, Any],
 ) -> Denoiser:
     images: dict[Slot, SamplerSetup] = {
         slot: setup for slot, setup in setups.items() if isinstance(setup, SamplerSetup)
@@ -153,8 +201,8 @@ def _make_denoiser(
     if images and texts:
         raise ConfigError(f"slots {sorted(images)} have an image sampler, {sorted(texts)} a text sampler; use one kind")
     if texts:
-        return TextDenoiser(cast(TokenPolicy, policy), texts)
-    return ImageDenoiser(cast(DenoisingPolicy, policy), images, run_seed)
+        return TextDenoiser(cast(TokenPolicy, policy), texts, computing)
+    return ImageDenoiser(cast(DenoisingPolicy, policy), images, run_seed, computing)
 
 
 def _group(
@@ -183,7 +231,9 @@ def _group(
 __all__ = [
     "ChunkRequest",
     "EvalPoint",
+    "LowPrecision",
     "Probe",
+    "Pulled",
     "RolloutEngine",
     "SamplerSetup",
     "Slot",

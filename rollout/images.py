@@ -39,10 +39,20 @@ class SamplerSetup:
 
 
 class ImageDenoiser:
-    """Draws pictures with each slot's sampler; a prompt is encoded once."""
+    """Draws pictures with each slot's sampler; a prompt is encoded once.
 
-    def __init__(self, policy: DenoisingPolicy, setups: Mapping[Slot, SamplerSetup], run_seed: int) -> None:
+    computing: the policies that compute some slots instead of `policy`, which encodes and decodes for all.
+    """
+
+    def __init__(
+        self,
+        policy: DenoisingPolicy,
+        setups: Mapping[Slot, SamplerSetup],
+        run_seed: int,
+        computing: Mapping[Slot, DenoisingPolicy] | None = None,
+    ) -> None:
         self._policy = policy
+        self._computing = computing or {}
         self._setups = setups
         self._run_seed = run_seed
         self._setup_at = functools.cache(self._make_setup)
@@ -65,7 +75,8 @@ class ImageDenoiser:
         told = [self._encode(text, with_negative) for text in texts]
         stochastic_S = stochastic_steps(setup.sampler, self._run_seed, learner_step)
         started_s = time.perf_counter()
-        trajectory = denoise(self._policy, setup, join_conditioning(told).repeat(count), keys, stochastic_S)
+        policy = self._computing.get(slot, self._policy)
+        trajectory = denoise(policy, setup, join_conditioning(told).repeat(count), keys, stochastic_S)
         sampled_s = time.perf_counter()
         images_BHWC = self._policy.decode(trajectory.final_GCHW.to(self._policy.device))
         return Drawn(
@@ -83,14 +94,15 @@ class ImageDenoiser:
             return setup
         return replace(setup, sampler=make_sampler(sampler_at(setup.sampler.config, point), self._policy.schedule))
 
-    def probe(self, text: str, run_seed: int, version: WeightVersion) -> Probe:
+    def probe(self, text: str, slot: Slot, run_seed: int, version: WeightVersion) -> Probe:
         """Velocities at a high, a middle and a low noise level."""
         device = self._policy.device
         keys = [SampleKey(run_seed, "parity", -1, index) for index in range(len(_PROBE_SIGMAS))]
         state = normal(sample_generators(keys, "latent"), self._policy.latent_shape)
         sigma_B = torch.tensor(_PROBE_SIGMAS)
         conditioning = self._encode(text, False).repeat(len(keys))
-        velocity = self._policy.predict(state.to(device), sigma_B.to(device), conditioning)
+        policy = self._computing.get(slot, self._policy)
+        velocity = policy.predict(state.to(device), sigma_B.to(device), conditioning)
         return Probe(version, state, sigma_B, conditioning.to(torch.device("cpu")), velocity.cpu())
 
 

@@ -45,10 +45,19 @@ class TokenSetup:
 
 
 class TextDenoiser:
-    """Draws texts with each slot's sampler; a prompt is encoded once."""
+    """Draws texts with each slot's sampler; a prompt is encoded once.
 
-    def __init__(self, policy: TokenPolicy, setups: Mapping[Slot, TokenSetup]) -> None:
+    computing: the policies that compute some slots instead of `policy`, which encodes and decodes for all.
+    """
+
+    def __init__(
+        self,
+        policy: TokenPolicy,
+        setups: Mapping[Slot, TokenSetup],
+        computing: Mapping[Slot, TokenPolicy] | None = None,
+    ) -> None:
         self._policy = policy
+        self._computing = computing or {}
         self._setups = setups
         self._encode = functools.lru_cache(MAX_CACHED_PROMPTS)(policy.encode)
 
@@ -66,7 +75,8 @@ class TextDenoiser:
             raise ConfigError(f"stochasticity and steps are for pictures, but {point} was asked of a text sampler")
         told = [self._encode(text) for text in texts]
         started_s = time.perf_counter()
-        trajectory = unmask(self._policy, self._setups[slot], join_prompts(told).repeat(count), keys, point.gamma)
+        policy = self._computing.get(slot, self._policy)
+        trajectory = unmask(policy, self._setups[slot], join_prompts(told).repeat(count), keys, point.gamma)
         sampled_s = time.perf_counter()
         written = tuple(self._policy.decode(trajectory.tokens_GL))
         ok_B = torch.isfinite(trajectory.rollout_logprob_GL + trajectory.plain_logprob_GL).all(dim=1)
@@ -79,9 +89,10 @@ class TextDenoiser:
             texts=written,
         )
 
-    def probe(self, text: str, run_seed: int, version: WeightVersion) -> Probe:
+    def probe(self, text: str, slot: Slot, run_seed: int, version: WeightVersion) -> Probe:
         """Logits of a canvas that is all masked, half, and a tenth, with random tokens elsewhere."""
-        policy, vocabulary = self._policy, self._policy.vocabulary
+        policy = self._computing.get(slot, self._policy)
+        vocabulary = policy.vocabulary
         length = policy.canvas_length
         special = {vocabulary.mask_id, vocabulary.pad_id, vocabulary.eos_id}
         tokens = torch.tensor([token for token in range(vocabulary.size) if token not in special])

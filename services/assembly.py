@@ -12,18 +12,24 @@ from raylign.keys import derive_seed
 from raylign.models import load_policy
 from raylign.models.tokens import TokenPolicy
 from raylign.precision import Precision, base_precision
+from raylign.precision.kept_high import layers_to_quantise
+from raylign.precision.quantizer import make_quantizer
+from raylign.precision.shadow import Shadow, linear_sizes
 from raylign.samplers import IMAGE_SAMPLERS, make_sampler, make_token_sampler
 from raylign.samplers.euler_ode import EulerOdeConfig
 from raylign.types import Needs
-from rollout.engine import RolloutEngine, SamplerSetup, TokenSetup
+from rollout.draft_sampler import draft_sampler
+from rollout.drawn import Slot
+from rollout.engine import LowPrecision, RolloutEngine, SamplerSetup, TokenSetup
 from services.config import RunConfig
+from services.precision_checks import low_precision_slots
 
 
 def build_engine(config: RunConfig) -> RolloutEngine[Any]:
     """A rollout engine with the run's sampler and its evaluation sampler. Loads every model component."""
     torch.set_num_threads(config.rollout.num_threads)
     device = "cuda" if config.rollout.num_gpus > 0 else "cpu"
-    policy = load_policy(
+    policy: Any = load_policy(
         config.model,
         "rollout",
         device,
@@ -31,11 +37,27 @@ def build_engine(config: RunConfig) -> RolloutEngine[Any]:
         config.fold_lora,
         adapter_seed(config),
     )
-    setups = {
+    setups: dict[Slot, SamplerSetup | TokenSetup] = {
         "rollout": sampler_setup(policy, config.sampler, config.algorithm.needs, config.rollout.latents),
         "eval": sampler_setup(policy, evaluation_sampler(config), Needs.FINAL),
     }
-    return RolloutEngine(policy, setups, config.seed)  # type: ignore[arg-type]  # its keys are slots
+    explore = config.rollout.explore
+    if explore is not None and explore.regenerate:
+        # Of a draft only its end is looked at; its states are rounded as those of the rollout that it foretells.
+        sampler = draft_sampler(config.sampler, explore)
+        setups["draft"] = sampler_setup(policy, sampler, Needs.FINAL, config.rollout.latents)
+    return RolloutEngine(policy, setups, config.seed, low_precision(config, policy))
+
+
+def low_precision(config: RunConfig, policy: Any) -> dict[Slot, LowPrecision[Any]]:
+    """The copies of the policy's network that slots of a format below bf16 compute with. Raises ConfigError."""
+    copies: dict[Slot, LowPrecision[Any]] = {}
+    for slot, format_name in low_precision_slots(config.rollout.precision, config.rollout.explore).items():
+        quantizer = make_quantizer(format_name, config.rollout.quantizer, policy.device)
+        layers = layers_to_quantise(linear_sizes(policy.network), config.model.type, config.rollout.quantizer)
+        shadow = Shadow(policy.network, quantizer, layers)
+        copies[slot] = LowPrecision(policy.with_network(shadow.network), shadow)
+    return copies
 
 
 def build_learner(config: RunConfig, ranks: RankGroup) -> Learner:

@@ -6,6 +6,7 @@ are called. diffusers is imported when a policy is loaded, not when a configurat
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,12 @@ class ImagePolicy:
         self._pipeline = pipeline
         self._weights = weights
         self._compute: Precision = compute
+
+    def with_network(self, network: Any) -> ImagePolicy:
+        """The same policy, weights and all, computing with another network that answers to the same calls."""
+        other = copy.copy(self)
+        other.network = network
+        return other
 
     def encode(self, text: str, with_negative: bool) -> Conditioning:
         """See DenoisingPolicy. Raises ModelError in a learner, which has no text encoders."""

@@ -5,6 +5,7 @@ One class serves all text families, actor and learner alike: what the learner sc
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -102,6 +103,12 @@ class TextPolicy:
         lora = config.lora.model_copy(update={"targets": targets})
         head = {f"{BUDGET_HEAD}{name}": p for name, p in self._head.named_parameters()} if self._head else {}
         self._weights = TunedWeights(network, config.tuning, lora, targets, fold=fold, seed=seed, head=head)
+
+    def with_network(self, network: Any) -> TextPolicy:
+        """The same policy, weights and all, computing with another network that answers to the same calls."""
+        other = copy.copy(self)
+        other.network = network
+        return other
 
     def encode(self, text: str) -> TokenPrompts:
         """See TokenPolicy. Raises PromptError for a prompt that is too long, or of no tokens at all."""
