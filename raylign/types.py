@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    Index = slice | list[int] | torch.Tensor
+
 JsonValue = str | int | float | bool | None | Sequence["JsonValue"] | Mapping[str, "JsonValue"]
 WeightVersion = int
 """One per published policy, counting up; 0 is the model as loaded."""
@@ -156,6 +158,15 @@ class LatentTrajectory:
     rollout_logprob_GS: torch.Tensor | None = None
     stochastic_S: torch.Tensor | None = None
 
+    def rows(self, index: Index) -> LatentTrajectory:
+        """A selection of siblings, with bytes of its own."""
+        return replace(
+            self,
+            final_GCHW=self.final_GCHW[index].clone(),
+            states_GS1CHW=None if self.states_GS1CHW is None else self.states_GS1CHW[index].clone(),
+            rollout_logprob_GS=None if self.rollout_logprob_GS is None else self.rollout_logprob_GS[index].clone(),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class TokenTrajectory:
@@ -181,7 +192,7 @@ class TokenTrajectory:
     log_gamma_G: torch.Tensor | None = None
     budget_features_GD: torch.Tensor | None = None
 
-    def rows(self, index: slice | torch.Tensor) -> TokenTrajectory:
+    def rows(self, index: Index) -> TokenTrajectory:
         """A selection of siblings, with bytes of its own."""
         return TokenTrajectory(*(None if t is None else t[index].clone() for t in self.tensors()))  # type: ignore[arg-type]
 
@@ -210,6 +221,30 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
+class Exploration:
+    """What the drafts of a prompt said, of which a group's siblings were chosen; for metrics and pictures, not credit.
+
+    Drafts stand in the order of their sample indices; those dropped before they were done are not among them.
+    """
+
+    indices: tuple[int, ...]
+    """Each draft's sample index; a sibling of the group carries its draft's."""
+    totals: tuple[float | None, ...]
+    """Each draft's mixed reward; None for a failed one."""
+    redrawn: bool
+    """Whether the siblings were drawn and scored again; if not, they are drafts themselves."""
+    cause: str = ""
+    """Why the first failed draft failed; empty if none did."""
+    images_NHWC: np.ndarray | None = None
+    """The drafts' pictures, of groups that are shown to people."""
+
+    @property
+    def num_failed(self) -> int:
+        """Drafts without a reward."""
+        return self.totals.count(None)
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutGroup:
     """The G siblings of one prompt."""
 
@@ -226,6 +261,8 @@ class RolloutGroup:
     """What each sibling wrote, for text models."""
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])
     """This group's share of the time its batch took, by phase ("sample", "decode")."""
+    exploration: Exploration | None = None
+    """Where its siblings come from, when they were chosen among drafts."""
 
     @property
     def group_size(self) -> int:
@@ -266,9 +303,21 @@ class RolloutGroup:
         )
         return replace(self, rollouts=rollouts, seconds={**self.seconds, "reward": seconds})
 
+    def siblings(self, places: Sequence[int]) -> RolloutGroup:
+        """The group of some of its siblings, in the order given."""
+        rows = list(places)
+        return replace(
+            self,
+            rollouts=tuple(self.rollouts[row] for row in rows),
+            trajectory=self.trajectory.rows(rows),
+            images_GHWC=None if self.images_GHWC is None else self.images_GHWC[rows],
+            texts=None if self.texts is None else tuple(self.texts[row] for row in rows),
+        )
+
     def without_outputs(self) -> RolloutGroup:
         """The same group without decoded pictures or texts: what the learner needs."""
-        return replace(self, images_GHWC=None, texts=None)
+        seen = None if self.exploration is None else replace(self.exploration, images_NHWC=None)
+        return replace(self, images_GHWC=None, texts=None, exploration=seen)
 
 
 def _status_after(status: RolloutStatus, reward: RewardBreakdown) -> RolloutStatus:

@@ -7,15 +7,18 @@ Drafts say which noise is worth training on and nothing else: they carry no traj
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import numpy as np
 from pydantic import Field
 
 from raylign.config import Config
 from raylign.precision import RolloutPrecision
 from raylign.samplers import SamplerConfig
-
-Selection = Literal["best_worst", "random", "mean_deviation", "extremes_random"]
+from raylign.types import Prompt, RewardBreakdown, RolloutGroup, SampleKey
+from rollout.pruning import PruneConfig
+from rollout.selection import Selection
 
 
 class ExploreConfig(Config):
@@ -34,6 +37,51 @@ class ExploreConfig(Config):
     chunk_size: int | None = Field(default=None, ge=1)
     """Drafts per batch, a divisor of pool_size; rollout.chunk_size when not given."""
     select: Selection = "best_worst"
-    """Which drafts are drawn again: half from either end, any, those furthest from the mean, or ends and any."""
+    """Which drafts are drawn again: half from either end, any, those furthest from the mean, or both ends and any."""
     regenerate: bool = True
     """Draw the selected again. false draws the whole pool as rollouts are, and trains on the selected of those."""
+    prune: PruneConfig | None = None
+    """Drop the least promising drafts of each batch before they are done; none when not given."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftGroup:
+    """The scored drafts of one prompt, in the order of their sample indices.
+
+    No trajectory, no conditioning and no `rollouts`: what credit and batches are made from is not there, so a draft
+    cannot get into a training batch by mistake.
+    """
+
+    prompt: Prompt
+    visit: int
+    sequence: int
+    keys: tuple[SampleKey, ...]
+    """Shorter than the pool where drafts were pruned."""
+    scores: tuple[RewardBreakdown, ...]
+    """One per key; a failed draft has no total."""
+    images_NHWC: np.ndarray | None = None
+    texts: tuple[str, ...] | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Busy seconds by phase ("sample", "decode", "reward")."""
+
+    @property
+    def totals(self) -> tuple[float | None, ...]:
+        """The mixed rewards; None for a failed draft."""
+        return tuple(score.total for score in self.scores)
+
+
+def as_drafts(drawn: RolloutGroup) -> DraftGroup:
+    """What is kept of drafts that were drawn and scored: everything but what could be trained on."""
+    scores = tuple(rollout.reward for rollout in drawn.rollouts if rollout.reward is not None)
+    if len(scores) != drawn.group_size:
+        raise ValueError(f"drafts of prompt {drawn.prompt.id!r} are not scored yet; score them before they are kept")
+    return DraftGroup(
+        drawn.prompt,
+        drawn.visit,
+        drawn.sequence,
+        tuple(rollout.key for rollout in drawn.rollouts),
+        scores,
+        drawn.images_GHWC,
+        drawn.texts,
+        drawn.seconds,
+    )
