@@ -9,7 +9,7 @@ first, 1 / (s / S) as a factor), so scales and codes agree with it bit by bit. A
 values, or among 16 x 16 as in NVIDIA's training recipe (arXiv 2509.25149), which makes W and its transpose quantise
 alike. Hadamard transforms and stochastic rounding belong to training and are not used.
 
-Deviation: an infinite maximum gives NaN scales, so a sample that overflowed shows as NaN; the reference makes it finite.
+Deviation: an infinite maximum gives NaN scales, so an overflow shows as NaN; the reference makes it finite.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from raylign.precision.blocks import from_blocks, padded_size, sample_amax, to_b
 BLOCK = 16
 _E4M3_MAX = 448.0
 _FP32_MAX = torch.finfo(torch.float32).max
+LARGEST = _E4M3_MAX * e2m1.LARGEST
+"""The largest magnitude that block scales and codes alone can hold, 2688."""
 
 
 def scales(blocks: torch.Tensor, amax: torch.Tensor, tile_rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,7 +33,7 @@ def scales(blocks: torch.Tensor, amax: torch.Tensor, tile_rows: int = 1) -> tupl
 
     `amax` broadcasts against (..., n). With `tile_rows` 16 the rows of blocks (O, n, 16) share in sixteens.
     """
-    encode_scale = (_E4M3_MAX * e2m1.LARGEST / amax).clamp(max=_FP32_MAX)
+    encode_scale = (LARGEST / amax).clamp(max=_FP32_MAX)
     block_amax = blocks.abs().amax(dim=-1)
     if tile_rows > 1:
         block_amax = _amax_of_rows(block_amax, tile_rows)
@@ -76,6 +78,19 @@ def round_activations(value: torch.Tensor) -> torch.Tensor:
     step = (scale.float() * tensor_scale).unsqueeze(-1)
     rounded = e2m1.round_to_grid(_scaled(blocks, scale, tensor_scale)) * step
     return from_blocks(rounded, value.shape[-1]).to(value.dtype)
+
+
+def normalize_samples(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, ..., K) with every sample scaled to the magnitude `LARGEST`, fp32, and the scales back (B, 1, ..., 1).
+
+    For kernels that know one scale per tensor: of such values it is 1, and block scales and codes are those of each
+    sample's own. A sample with a NaN or an infinity becomes zeros with a scale back of NaN, so it spoils no neighbour.
+    """
+    amax = sample_amax(value)
+    encode_scale = (LARGEST / amax).clamp(max=_FP32_MAX)
+    is_finite = torch.isfinite(amax)
+    scaled = torch.where(is_finite, value.float() * encode_scale, 0.0)
+    return scaled.clamp(-LARGEST, LARGEST), torch.where(is_finite, 1.0 / encode_scale, torch.nan)
 
 
 def _scaled(blocks: torch.Tensor, scale: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
