@@ -24,6 +24,7 @@ from raylign.models.swapping import clone_tensors
 from raylign.samplers import Sampler
 from raylign.types import Needs, RolloutGroup
 from raylign.weight_delta import apply_delta
+from raylign.weights import WeightSnapshot
 from tests.tiny_models import RUN_SEED, ToyPolicy, by_sibling, draw_groups, euler, flow_sde, sd3_config, train_step
 
 NFT = NftConfig(old_decay=DecaySchedule(slope=0.1))
@@ -243,8 +244,8 @@ def test_changes_are_published_from_the_second_time_on_and_lead_to_the_whole() -
 
 def test_each_published_policy_has_changes_of_its_own() -> None:
     learner = make(NFT, lr=1e-6, ema_decay=0.9)
-    both: tuple[Which, ...] = ("rollout", "eval")
-    bases = {which: learner.publish_changes(0, which)[1] for which in both}
+    both: list[Which] = ["rollout", "eval"]
+    bases: dict[Which, WeightSnapshot] = {which: learner.publish_changes(0, which)[1] for which in both}
     train_step(learner, groups_for(NFT), 1)
     for which, base in bases.items():
         delta, whole, _ = learner.publish_changes(1, which)
