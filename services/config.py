@@ -35,7 +35,9 @@ from rewards.ocr import OcrConfig
 from rollout.datasets import PromptFields
 from rollout.drawn import AS_CONFIGURED, EvalPoint
 from rollout.explore import ExploreConfig
+from services.explore_checks import check_exploration
 from services.image_checks import check_image_run
+from services.precision_checks import check_precision
 from services.reward_config import ServiceConfig
 from services.text_checks import check_text_run
 
@@ -172,6 +174,12 @@ class RunConfig(Config):
         return max(1, self.chunk_size // self.group_size)
 
     @property
+    def draft_chunk_size(self) -> int:
+        """Drafts per generated batch, where drafts are explored."""
+        explore = self.rollout.explore
+        return self.chunk_size if explore is None else explore.chunk_size or self.chunk_size
+
+    @property
     def micro_batch_size(self) -> int:
         """Items per learner forward: shaped like rollout batches unless set otherwise."""
         return self.learner.micro_batch_size or self.chunk_size
@@ -222,7 +230,17 @@ class RunConfig(Config):
                 f"groups_per_step {self.groups_per_step} must be a multiple of the {self.chunk_prompts} prompts that "
                 f"a chunk of {self.chunk_size} samples holds"
             )
+        if self.rollout.explore is not None:
+            check_exploration(self.rollout.explore, self.sampler, self.model, self.group_size, self.chunk_size)
         self._check_learner_division()
+        check_precision(
+            self.rollout.precision,
+            self.rollout.explore,
+            self.rollout.quantizer,
+            self.algorithm.needs,
+            self.algorithm.type,
+            self.rollout.num_gpus > 0,
+        )
         if self.placement == "in_process" and self.max_staleness:
             raise ValueError(
                 f"in_process runs one thing at a time, so max_staleness must be 0, got {self.max_staleness}"

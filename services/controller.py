@@ -4,6 +4,7 @@
 
     produce     waits for tickets, cuts the next prompts into a block, spawns make_block.
     make_block  chunks ──▶ any actors ──▶ groups ──▶ rewards ──▶ buffer.put; a failed reward is a value on the way.
+                With `rollout.explore` that is done twice, for drafts and for the keys selected among them.
     learn       takes the next P groups in prompt order, credits, computes gradients, waits until the previous
                 hand-off is over (old weights are out before they change), optimises, spawns the next hand_off.
     hand_off    publishes, lets the actors pull, evaluates if due, and only then releases the P tickets.
@@ -20,12 +21,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from raylign.errors import CheckpointError, NumericsError, RaylignError, RewardError, StalenessError
-from raylign.types import RolloutGroup, StepResult, WeightVersion
+from raylign.types import Exploration, RolloutGroup, StepResult, WeightVersion
 from rollout.buffer import TicketBuffer
 from rollout.drawn import AS_CONFIGURED, EvalPoint
 from rollout.engine import ChunkRequest, chunk_requests, join_parts
 from rollout.prompts import GroupTask, PromptStream
 from services.config import RunConfig
+from services.exploration import explored_group
 from services.parity import parity_gap
 from services.roles import Fleet, LearnerRole, Scorer
 from services.scoring import score_groups
@@ -155,9 +157,18 @@ class Controller:
             self._spawn(self._make_block(tasks), f"prompts {sequence}")
 
     async def _make_block(self, tasks: Sequence[GroupTask]) -> None:
-        requests = chunk_requests(tasks, self._config.group_size, self._config.chunk_size)
-        for group in await self._make_groups(requests):
+        explore = self._config.rollout.explore
+        if explore is None:
+            groups = await self._make_groups(chunk_requests(tasks, self._config.group_size, self._config.chunk_size))
+        else:
+            groups = [await explored_group(self._config, explore, task, self._make_group) for task in tasks]
+        for group in groups:
             await self._buffer.put(group.sequence, group)
+
+    async def _make_group(self, requests: Sequence[ChunkRequest]) -> RolloutGroup:
+        """Draw and score one prompt's chunks."""
+        (group,) = await self._make_groups(requests)
+        return group
 
     async def _make_groups(self, requests: Sequence[ChunkRequest], evaluation: bool = False) -> list[RolloutGroup]:
         """Draw chunks, join the parts of each group, and score each group as soon as it is whole."""
@@ -249,6 +260,17 @@ class Controller:
             raise RewardError(
                 f"{where}: {failed} of {total} samples have no reward, more than max_failed_fraction = "
                 f"{self._config.max_failed_fraction}; the first cause: {cause}. Mend the reward, then `raylign resume`"
+            )
+        self._check_drafts([group.exploration for group in groups if group.exploration is not None], where)
+
+    def _check_drafts(self, seen: Sequence[Exploration], where: str) -> None:
+        failed, total = sum(one.num_failed for one in seen), sum(len(one.totals) for one in seen)
+        if failed > self._config.max_failed_fraction * total:
+            cause = next(one.cause for one in seen if one.cause)
+            raise RewardError(
+                f"{where}: {failed} of {total} drafts have no reward, more than max_failed_fraction = "
+                f"{self._config.max_failed_fraction}, so what is drawn again is hardly selected; the first cause: "
+                f"{cause}. Mend the reward or raise rollout.explore.precision, then `raylign resume`"
             )
 
     async def _hand_off(self, version: WeightVersion) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from raylign.types import RolloutGroup, RolloutStatus, StepResult, TokenTrajectory, WeightVersion
+from raylign.types import Exploration, RolloutGroup, RolloutStatus, StepResult, TokenTrajectory, WeightVersion
+from rollout.rank_agreement import kendall, recall, spearman
 
 
 def step_metrics(
@@ -19,11 +20,13 @@ def step_metrics(
     """The step's line of metrics.jsonl, but for what the learner reports.
 
     `phases` are wall seconds by phase of the loop; "evaluate" is left out of the throughput. "sample", "decode"
-    and "reward" come from the groups: busy seconds of the workers, which overlap each other on the wall.
+    and "reward" come from the groups: busy seconds of the workers, which overlap each other on the wall. Where drafts
+    are explored these hold both rounds, and "draft", "regenerate", "select" and "draft_reward" tell them apart.
     """
     metrics: dict[str, float] = {"weight_version": version}
     metrics |= reward_metrics(groups, "reward")
     metrics |= text_metrics(groups)
+    metrics |= explore_metrics(groups)
     busy: Counter[str] = Counter()
     for group in groups:
         busy.update(group.seconds)
@@ -100,6 +103,43 @@ def text_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "characters/mean": [float(len(text)) for group in groups for text in group.texts or ()],
     }
     return {name: statistics.fmean(values) for name, values in means.items() if values}
+
+
+def explore_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Of groups that were chosen among drafts: how well drafts foretold rewards, and what the choice did to them.
+
+    Means over groups: `explore/kendall`, `explore/spearman` and `explore/recall` (of the better half) compare the
+    chosen drafts' rewards with those of the same keys drawn again; `explore/spread` is the deviation of the chosen
+    over that of the pool, whose mean reward is `explore/reward_pool_mean`. A number that no group has is left out: a
+    ranking without two rewards, drafts that were not drawn again. `failed/drafts` counts drafts without a reward.
+    """
+    explored = [(group, group.exploration) for group in groups if group.exploration is not None]
+    if not explored:
+        return {}
+    values: dict[str, list[float | None]] = {"kendall": [], "spearman": [], "recall": [], "spread": []}
+    values["reward_pool_mean"] = []
+    for group, seen in explored:
+        pool = [total for total in seen.totals if total is not None]
+        values["reward_pool_mean"].append(statistics.fmean(pool) if pool else None)
+        finals, deviation = valid_totals(group), statistics.pstdev(pool or [0.0])
+        values["spread"].append(statistics.pstdev(finals) / deviation if deviation and finals else None)
+        pairs = draft_and_final(group, seen)
+        if len(pairs) < 2 or not seen.redrawn:
+            continue
+        drafts, again = [draft for draft, _ in pairs], [final for _, final in pairs]
+        values["kendall"].append(kendall(drafts, again))
+        values["spearman"].append(spearman(drafts, again))
+        values["recall"].append(recall(drafts, again, len(pairs) // 2))
+    known = {name: [value for value in some if value is not None] for name, some in values.items()}
+    metrics = {f"explore/{name}": statistics.fmean(some) for name, some in known.items() if some}
+    return metrics | {"failed/drafts": float(sum(seen.num_failed for _, seen in explored))}
+
+
+def draft_and_final(group: RolloutGroup, seen: Exploration) -> list[tuple[float, float]]:
+    """(draft reward, final reward) of each sibling that has both."""
+    draft_of = dict(zip(seen.indices, seen.totals, strict=True))
+    pairs = [(draft_of[rollout.key.sample_index], rollout.total) for rollout in group.rollouts]
+    return [(draft, final) for draft, final in pairs if draft is not None and final is not None]
 
 
 def valid_totals(group: RolloutGroup) -> list[float]:
