@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from rich.console import Console
@@ -22,6 +24,10 @@ from rich.table import Table
 from rich.text import Text
 
 from services.process import temp_root
+
+if TYPE_CHECKING:
+    from raylign.precision import Format
+    from raylign.precision.quantizer import Capability
 
 _GIB = 1024**3
 _REPOSITORY = Path(__file__).resolve().parent.parent
@@ -54,6 +60,7 @@ def diagnose(constraints: Path = _REPOSITORY / "constraints.txt", model: Path | 
         lambda: check_packages(constraints),
         check_torch,
         check_gpus,
+        *(functools.partial(check_format, name) for name in ("fp8", "nvfp4", "mxfp4")),
         check_cores,
         check_memory,
         check_shared_memory,
@@ -152,6 +159,36 @@ def check_gpus() -> Check:
             "install the CUDA build of the pinned torch: `pip install torch==<pin>` without the +cpu suffix",
         )
     return Check("GPUs", Status.OK, "none: runs use the CPU")
+
+
+def check_format(name: Format, capabilities: Sequence[Capability] | None = None) -> Check:
+    """Whether this machine's GPUs have units for a rollout format, and which backend uses them.
+
+    `capabilities` are the GPUs' compute capabilities; read from torch when not given. Emulation is no fault: a run
+    computes the same numbers, only no faster.
+    """
+    if importlib.util.find_spec("torch") is None:
+        return Check(f"format {name}", Status.WARN, "unknown without torch", "`make env` installs it")
+    import torch
+
+    from raylign.precision.quantizer import UNITS, native_backend
+
+    if capabilities is None:
+        devices = range(torch.cuda.device_count()) if torch.version.cuda is not None else range(0)
+        capabilities = [torch.cuda.get_device_capability(index) for index in devices]
+    needed = f"its units need {UNITS[name].name}"
+    backends = [native_backend(name, capability) for capability in capabilities]
+    native = [backend for backend in backends if backend is not None]
+    if not native:
+        return Check(f"format {name}", Status.OK, f"emulated, so never faster than bf16: {needed}")
+    if len(native) == len(backends):
+        return Check(f"format {name}", Status.OK, f"native on every GPU (backend {native[0]})")
+    return Check(
+        f"format {name}",
+        Status.WARN,
+        f"native on {len(native)} of {len(backends)} GPUs (backend {native[0]}), emulated on the others: {needed}",
+        "`--rollout.quantizer.require_native true` refuses actors on those",
+    )
 
 
 def check_cores() -> Check:

@@ -143,11 +143,12 @@ def make_quantizer(format_name: Format, config: QuantizerConfig, device: torch.d
 
 def native_backends(device: torch.device | str) -> dict[Format, BackendName | None]:
     """For each format the backend that `auto` takes on `device`; None where it would be emulated."""
-    capability = device_capability(device)
-    return {
-        format_name: next((name for name in BACKENDS if obstacle(name, format_name, capability) is None), None)
-        for format_name in UNITS
-    }
+    return {format_name: native_backend(format_name, device_capability(device)) for format_name in UNITS}
+
+
+def native_backend(format_name: Format, capability: Capability | None) -> BackendName | None:
+    """The backend that `auto` takes at a compute capability; None where the format would be emulated."""
+    return next((name for name in BACKENDS if obstacle(name, format_name, capability) is None), None)
 
 
 def obstacle(name: BackendName, format_name: Format, capability: Capability | None) -> str | None:

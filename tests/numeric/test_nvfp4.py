@@ -157,14 +157,14 @@ def test_samples_scaled_alike_quantise_as_with_their_own_scale() -> None:
 def test_a_low_rank_change_of_a_weight_shows_in_its_codes(fraction: float) -> None:
     """Q(W + D) - Q(W) projects on D with gain 0.97 to 1.0, for rank-32 D of 0.3 to 10 % of |W|: rounding is unbiased.
 
-    Over 2^20 values the noise, 32 times the change at 0.3 %, moves the gain by 32 / 2^10 = 0.03.
+    Over 2^20 values the noise, 10 times the change at 0.3 %, moves the gain by about 10 / 2^10 = 0.01.
     """
     weight = _gaussian(1024, 1024)
     change = _gaussian(1024, 32) @ _gaussian(32, 1024)
     change *= fraction * weight.norm() / change.norm()
     seen = _through(weight + change) - _through(weight)
     gain = float((seen * change).sum() / change.square().sum())
-    assert 0.95 < gain < 1.03
+    assert 0.97 < gain < 1.02
 
 
 @given(

@@ -20,8 +20,8 @@ def test_a_diagnosis_is_quick_complete_and_says_what_to_do(tmp_path: Path) -> No
     checks = diagnose(constraints=tmp_path / "none.txt")
     assert time.perf_counter() - began < 5 * 3, "seconds on a quiet machine, a few times that on a busy one"
     names = [check.name for check in checks]
-    assert names[:4] == ["Python", "packages", "torch", "GPUs"]
-    assert len(names) == len(set(names)) == 13
+    assert names[:7] == ["Python", "packages", "torch", "GPUs", "format fp8", "format nvfp4", "format mxfp4"]
+    assert len(names) == len(set(names)) == 16
     assert all(check.found for check in checks)
     assert all(check.remedy for check in checks if check.status is not Status.OK)
 
@@ -95,3 +95,16 @@ def test_ports_that_cannot_be_bound_are_a_failure() -> None:
 
 def test_the_ocr_models_are_in_the_wheel() -> None:
     assert doctor.check_ocr().status is Status.OK
+
+
+def test_a_format_is_native_only_where_every_gpu_has_its_units() -> None:
+    hopper, blackwell = (9, 0), (10, 0)
+    emulated = doctor.check_format("nvfp4", [hopper, hopper])
+    assert emulated.status is Status.OK
+    assert emulated.found == "emulated, so never faster than bf16: its units need a Blackwell GPU"
+    assert doctor.check_format("fp8", []).found.startswith("emulated, so never faster")
+    assert doctor.check_format("fp8", [hopper, blackwell]).found == "native on every GPU (backend torch)"
+    mixed = doctor.check_format("nvfp4", [hopper, blackwell])
+    assert mixed.status is Status.WARN
+    assert mixed.found.startswith("native on 1 of 2 GPUs (backend torch), emulated on the others")
+    assert "require_native" in mixed.remedy

@@ -17,7 +17,7 @@ from raylign.precision import Format, e2m1, nvfp4
 from raylign.precision.config import QuantizerConfig
 from raylign.precision.linear import QuantizedLinear
 from raylign.precision.packed import FORMATS, Packed, pack_weight, unpack_weight
-from raylign.precision.quantizer import BACKENDS, UNITS, make_quantizer, native_backends, obstacle
+from raylign.precision.quantizer import UNITS, make_quantizer, native_backend, native_backends, obstacle
 from raylign.precision.reference import ReferenceQuantizer
 from raylign.precision.scaled_mm import ScaledMmQuantizer, swizzle
 from raylign.precision.torchao import make_torchao_quantizer
@@ -270,11 +270,7 @@ def test_torchao_quantises_activations_the_same() -> None:
     ],
 )
 def test_what_each_generation_computes(capability: Any, native: dict[str, str | None]) -> None:
-    got = {
-        name: next((backend for backend in BACKENDS if obstacle(backend, name, capability) is None), None)
-        for name in UNITS
-    }
-    assert got == native
+    assert {name: native_backend(name, capability) for name in UNITS} == native
 
 
 def test_a_cpu_computes_nothing_natively() -> None:
