@@ -12,7 +12,6 @@ from typing import Any
 from raylign.config import parse_config
 from raylign.errors import ConfigError
 from raylign.samplers import IMAGE_SAMPLERS, ImageSamplerConfig, SamplerConfig
-from raylign.samplers.base import SdeSamplerConfig
 from raylign.samplers.entropy_bounded import EntropyBoundedConfig
 from raylign.samplers.euler_ode import EulerOdeConfig
 from raylign.samplers.sa_solver import SaSolverConfig
@@ -25,13 +24,8 @@ def draft_sampler(sampler: SamplerConfig, explore: ExploreConfig) -> SamplerConf
 
     Pictures: the rollouts' own in `explore.num_steps` steps, or the Euler ODE on their noise levels if that one adds
     noise. Texts: the rollouts' own, with `explore.gamma` as the entropy budget of every draft. Raises ConfigError for
-    what the rollouts' model cannot draw, a budget for a sampler without one, or noise that siblings share.
+    what the rollouts' model cannot draw, or a budget for a sampler without one.
     """
-    if isinstance(sampler, SdeSamplerConfig) and sampler.shared_noise:
-        raise ConfigError(
-            "sampler.shared_noise starts all siblings from one noise, so drafts could not tell which noise is worth "
-            "training on; set it to false, or remove rollout.explore"
-        )
     if explore.sampler is not None:
         if (type(explore.sampler) in IMAGE_SAMPLERS) != (type(sampler) in IMAGE_SAMPLERS):
             raise ConfigError(

@@ -37,6 +37,7 @@ from rollout.drawn import AS_CONFIGURED, EvalPoint
 from rollout.explore import ExploreConfig
 from services.explore_checks import check_exploration
 from services.image_checks import check_image_run
+from services.parity import FORMAT_GAPS
 from services.precision_checks import check_precision
 from services.reward_config import ServiceConfig
 from services.text_checks import check_text_run
@@ -193,9 +194,12 @@ class RunConfig(Config):
 
     @property
     def parity_tolerance(self) -> float:
-        """What rounding explains: bf16 on either side, else folding an adapter, else next to nothing."""
+        """What rounding explains: a quantised format, else bf16 on either side, else folding an adapter, else nearly
+        nothing."""
         if self.rollout.parity_tolerance is not None:
             return self.rollout.parity_tolerance
+        if self.rollout.precision in FORMAT_GAPS:
+            return FORMAT_GAPS[self.rollout.precision]
         if "bf16" in (self.rollout.precision, self.learner.precision):
             return 0.05
         return 1e-3 if self.model.tuning == "lora" and self.fold_lora else 1e-5

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from ray.rllib.utils.actor_manager import CallResult, FaultTolerantActorManager
 
 from raylign.errors import ClusterError, RaylignError
 from raylign.types import RolloutGroup
+from rollout.drawn import Pulled, Slot
 from rollout.engine import ChunkRequest, Probe, WeightSlot
 from services.ray_errors import NotPulledError, actor_name, unwrap
 from services.roles import SnapshotHandle
@@ -78,16 +79,22 @@ class RayFleet:
     async def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
         return await self._submit("generate", {"request": request})
 
-    async def probe_all(self, text: str) -> list[Probe]:
+    async def probe_all(self, text: str, slot: Slot = "rollout") -> list[Probe]:
         """One per healthy actor; when none is left, the first that comes back."""
-        answers = await self._on_every_actor("probe", {"text": text})
+        asked = {"text": text, "slot": slot}
+        answers = await self._on_every_actor("probe", asked)
         probes = [probe for probe in answers if probe is not None]
-        return probes or [await self._submit("probe", {"text": text})]
+        return probes or [await self._submit("probe", asked)]
 
-    async def pull(self, snapshot: SnapshotHandle, slot: WeightSlot) -> None:
-        """Every healthy actor loads it; one that is away pulls it when it comes back."""
+    async def precision_report(self) -> Mapping[Slot, str]:
+        """Any actor's: all are of one kind."""
+        return await self._submit("precision_report", {})
+
+    async def pull(self, snapshot: SnapshotHandle, slot: WeightSlot) -> list[Pulled]:
+        """Every healthy actor loads it; one that is away pulls it when it comes back. One report per healthy actor."""
         self._snapshots[slot] = snapshot
-        await self._on_every_actor("pull", {"snapshot": snapshot, "slot": slot})
+        reports = await self._on_every_actor("pull", {"snapshot": snapshot, "slot": slot})
+        return [report for report in reports if report is not None]
 
     @property
     def num_restarts(self) -> int:

@@ -12,6 +12,7 @@ from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.learner import Learner
 from raylign.types import RolloutGroup, StepResult, WeightVersion
 from raylign.weights import WeightSnapshot
+from rollout.drawn import Pulled, Slot
 from rollout.engine import ChunkRequest, Probe, RolloutEngine, WeightSlot
 from services.roles import WhichPolicy
 
@@ -25,11 +26,14 @@ class LocalFleet:
     async def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
         return self._engine.generate(request)
 
-    async def probe_all(self, text: str) -> list[Probe]:
-        return [self._engine.probe(text)]
+    async def probe_all(self, text: str, slot: Slot = "rollout") -> list[Probe]:
+        return [self._engine.probe(text, slot)]
 
-    async def pull(self, snapshot: WeightSnapshot, slot: WeightSlot) -> None:
-        self._engine.pull(snapshot, slot)
+    async def precision_report(self) -> Mapping[Slot, str]:
+        return self._engine.precision_report
+
+    async def pull(self, snapshot: WeightSnapshot, slot: WeightSlot) -> list[Pulled]:
+        return [self._engine.pull(snapshot, slot)]
 
     async def close(self) -> None:
         """Nothing to stop."""

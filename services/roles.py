@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from raylign.types import RewardBreakdown, RewardSample, RolloutGroup, StepResult, WeightVersion
+from rollout.drawn import Pulled, Slot
 from rollout.engine import ChunkRequest, Probe, WeightSlot
 
 SnapshotHandle = Any
@@ -26,12 +27,16 @@ class Fleet(Protocol):
         """Draw one chunk on any worker."""
         ...
 
-    async def probe_all(self, text: str) -> list[Probe]:
-        """What each worker's rollout policy predicts at the same keyed states, for the parity gate."""
+    async def probe_all(self, text: str, slot: Slot = "rollout") -> list[Probe]:
+        """What each worker's policy of a slot predicts at the same keyed states, for the parity gate."""
         ...
 
-    async def pull(self, snapshot: SnapshotHandle, slot: WeightSlot) -> None:
-        """Every worker verifies and loads a snapshot before its next chunk of that slot."""
+    async def precision_report(self) -> Mapping[Slot, str]:
+        """What computes the slots of a format below bf16, for a person to read; empty where there are none."""
+        ...
+
+    async def pull(self, snapshot: SnapshotHandle, slot: WeightSlot) -> Sequence[Pulled]:
+        """Every worker verifies and loads a snapshot before its next chunk of that slot, and says what it took."""
         ...
 
     async def close(self) -> None: ...

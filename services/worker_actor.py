@@ -15,7 +15,7 @@ from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.parallel import RankGroup
 from raylign.types import RolloutGroup, WeightVersion
 from raylign.weights import WeightSnapshot
-from rollout.drawn import WEIGHTS_OF
+from rollout.drawn import WEIGHTS_OF, Pulled, Slot
 from rollout.engine import ChunkRequest, Probe, WeightSlot
 from services.assembly import build_engine, build_learner
 from services.config import RunConfig
@@ -57,14 +57,17 @@ class Worker:
         self._check_pulled(WEIGHTS_OF[request.slot])
         return self._engine.generate(request)  # type: ignore[union-attr]  # called on rollout workers only
 
-    def probe(self, text: str) -> Probe:
-        self._check_pulled("rollout")
-        return self._engine.probe(text)  # type: ignore[union-attr]
+    def probe(self, text: str, slot: Slot) -> Probe:
+        self._check_pulled(WEIGHTS_OF[slot])
+        return self._engine.probe(text, slot)  # type: ignore[union-attr]
 
-    def pull(self, snapshot: WeightSnapshot, slot: WeightSlot) -> WeightVersion:
-        version = self._engine.pull(snapshot, slot)  # type: ignore[union-attr]
+    def precision_report(self) -> dict[Slot, str]:
+        return self._engine.precision_report  # type: ignore[union-attr]
+
+    def pull(self, snapshot: WeightSnapshot, slot: WeightSlot) -> Pulled:
+        report = self._engine.pull(snapshot, slot)  # type: ignore[union-attr]
         self._pulled.add(slot)
-        return version
+        return report
 
     def _check_pulled(self, slot: WeightSlot) -> None:
         """Tell the fleet, which may not know that this process is a new one."""

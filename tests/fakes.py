@@ -27,6 +27,7 @@ from raylign.types import (
     WeightVersion,
 )
 from raylign.weights import WeightSnapshot, make_snapshot, verify_snapshot
+from rollout.drawn import Pulled
 from rollout.engine import ChunkRequest, Probe, Slot
 from rollout.prompts import GroupTask
 
@@ -110,13 +111,17 @@ class FakeFleet:
             await asyncio.sleep(0)
         return [make_group(task, request.sample_indices, version) for task in request.tasks]
 
-    async def pull(self, snapshot: Any, slot: Slot) -> None:
+    async def pull(self, snapshot: Any, slot: Slot) -> list[Pulled]:
         for _ in range(self._chance.randrange(20)):
             await asyncio.sleep(0)
         if slot == "rollout":
             self.version = snapshot
+        return [Pulled(snapshot, num_bytes=8, load_s=0.25)]
 
-    async def probe_all(self, text: str) -> list[Probe]:
+    async def precision_report(self) -> dict[Slot, str]:
+        return {}
+
+    async def probe_all(self, text: str, slot: Slot = "rollout") -> list[Probe]:
         ones = torch.ones(1, 1, 1, 1)
         return [Probe(self.version, ones, torch.ones(1), Conditioning(ones[0], ones[0, 0]), ones)]
 

@@ -36,7 +36,7 @@ KEPT_HIGH: dict[str, KeptHigh] = {
     # The feed-forward layers are convolutions. With 2240 only the text's keys and values would be left, as one layer.
     "sana": KeptHigh(("*embed*", "caption_projection*", "*attn1.to_[qkv]", "proj_out")),
     # No published setting: as FLUX.
-    "stable_diffusion": KeptHigh(("*emb*",)),
+    "sd15": KeptHigh(("*emb*",)),
     "sdxl": KeptHigh(("*emb*",)),
     # The output layer by the native network's name and by the checkpoint code's; a mixture's router, where it has one.
     "llada": KeptHigh(("*lm_head", "*transformer.ff_out", "*.mlp.gate")),

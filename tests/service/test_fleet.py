@@ -18,6 +18,7 @@ from ray import cloudpickle
 from ray.exceptions import RayActorError
 
 from raylign.errors import ClusterError, WeightError
+from rollout.drawn import Pulled, Slot
 from services.fleet import RayFleet
 from services.process import local_cluster
 from services.ray_errors import NotPulledError
@@ -50,14 +51,14 @@ class Sleeper:
     def pid(self) -> int:
         return os.getpid()
 
-    def pull(self, snapshot: Any, slot: str) -> int:
+    def pull(self, snapshot: Any, slot: str) -> Pulled:
         if snapshot == "torn":
             time.sleep(0.5)  # long enough for a fleet that does not wait to send a chunk
             raise WeightError("the snapshot is torn")
         self.log.append(slot)
         self.pulled[slot] = snapshot
         self.version = self.pulled.get("rollout", -1)
-        return self.version
+        return Pulled(self.version, num_bytes=os.getpid(), load_s=0.0)
 
     def history(self) -> tuple[list[str], dict[str, Any]]:
         return self.log, self.pulled
@@ -74,8 +75,11 @@ class Sleeper:
         time.sleep(0.2)
         return [(os.getpid(), self.version, request)]
 
-    def probe(self, text: str) -> str:
-        return f"{text} {os.getpid()}"
+    def probe(self, text: str, slot: Slot) -> str:
+        return f"{text} {slot} {os.getpid()}"
+
+    def precision_report(self) -> dict[Slot, str]:
+        return {"draft": "nvfp4, emulated"}
 
     def publish(self, version: int, which: str) -> tuple[int, str]:
         if which == "dies":
@@ -118,12 +122,16 @@ def _process(actor: Any) -> psutil.Process:
 def test_chunks_spread_over_actors_and_come_back_in_their_places() -> None:
     async def work() -> None:
         fleet = RayFleet(_actors(3))
-        await fleet.pull(5, "rollout")
+        reports = await fleet.pull(5, "rollout")
+        assert [report.version for report in reports] == [5, 5, 5]
         answers = await asyncio.gather(*(_generate(fleet, n) for n in range(9)))
         assert [answer[2] for answer in answers] == list(range(9))
         assert len({answer[0] for answer in answers}) == 3
         assert {answer[1] for answer in answers} == {5}
+        assert {report.num_bytes for report in reports} == {answer[0] for answer in answers}, "one from each process"
         assert len(set(await fleet.probe_all("hello"))) == 3
+        assert all("hello draft" in str(probe) for probe in await fleet.probe_all("hello", "draft"))
+        assert await fleet.precision_report() == {"draft": "nvfp4, emulated"}
         await fleet.close()
 
     _run(work)
@@ -142,7 +150,8 @@ def test_a_killed_actors_chunks_are_all_answered_and_it_comes_back_with_the_newe
         victim.kill()
         answers = await asyncio.gather(*jobs)
         assert [answer[2] for answer in answers] == list(range(8))
-        await fleet.pull(2, "rollout")
+        # One that dies meanwhile has nothing to report.
+        assert all(report.version == 2 for report in await fleet.pull(2, "rollout"))
         pids: set[int] = set()
         while len(pids) < 2:  # until the killed one works again
             answers = await asyncio.gather(*(_generate(fleet, n) for n in range(4)))
