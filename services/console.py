@@ -152,8 +152,8 @@ class RunConsole:
         due = now - self._printed >= self._plain_every_s or step in (state.start_step + 1, state.num_steps)
         if not self.live and due:
             self._printed = now
-            parts = [self._step_text(), self._reward_text(), self._calls_text(), self._speed_text()]
-            parts.append(self._trouble_text())
+            parts = [self._step_text(), self._reward_text(), self._calls_text(), self._drafts_text()]
+            parts += [self._speed_text(), self._trouble_text()]
             self._say(Text("  ").join(part for part in parts if part.plain))
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -236,8 +236,8 @@ class RunConsole:
             bar.add_row(Text("step", "bold"), progress, self._step_text(), Text(self._remaining(), "dim"))
             rows.append(Text())
             rows.append(bar)
-            trailing = [self._reward_text(), self._calls_text(), self._eval_text(), self._phase_text()]
-            trailing.append(self._trouble_text())
+            trailing = [self._reward_text(), self._calls_text(), self._drafts_text(), self._eval_text()]
+            trailing += [self._phase_text(), self._trouble_text()]
             if state.samples is not None:
                 trailing.append(Text.assemble(("samples ", "dim"), (str(state.samples), "cyan")))
             rows.extend(text for text in trailing if text.plain)
@@ -278,6 +278,13 @@ class RunConsole:
         if self.live:
             text.append(f"  {sparkline(calls)}", "cyan")
         return text
+
+    def _drafts_text(self) -> Text:
+        """How well drafts foretold the rewards of what was drawn again."""
+        names = ("kendall", "recall")
+        values = [(name, self._state.metrics.get(f"explore/{name}")) for name in names]
+        known = [f"{name} {value:.2f}" for name, value in values if value is not None]
+        return Text.assemble(("drafts ", "bold"), " ".join(known)) if known else Text()
 
     def _eval_text(self) -> Text:
         """Each held-out mean against the first one seen; held-out metrics last, and called so."""

@@ -12,6 +12,7 @@ from raylign.metrics import MetricsSink
 from raylign.types import Rollout, RolloutGroup
 from rollout.drawn import AS_CONFIGURED, EvalPoint
 from services.console import RunConsole
+from services.explore_picture import explored_sheet
 from services.frontier import FrontierSeries, frontier_json, measure, quality_of, read_frontier
 from services.frontier_picture import Curve, draw_frontier
 from services.headlines import headline_means, is_metric
@@ -56,6 +57,9 @@ class RunObserver:
         everything = {**metrics, "time/since_start_s": self.seconds}
         self._sinks.log(step, everything)
         self._console.step(step, everything)
+        for group in groups:
+            if group.exploration is not None and group.exploration.images_NHWC is not None:
+                self._show_drafts(step, group)
 
     def evaluated(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         metrics = eval_metrics(groups)
@@ -107,6 +111,12 @@ class RunObserver:
             picture = draw_panels("Reward gap between noisy and noiseless samples", run_panels(points))
             save_png(self._run.samples / "reward_gap.png", picture)
             self._sinks.images(step, "reward_gap", picture)
+
+    def _show_drafts(self, step: int, group: RolloutGroup) -> None:
+        """The drafts of one prompt, which of them were chosen, and what became of those."""
+        sheet = explored_sheet(group)
+        save_png(self._run.samples / f"explore_step_{step:05d}.png", sheet)
+        self._sinks.images(step, "explore", sheet)
 
     def _show_texts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         """The step's answers as a file to read, and the first evaluation's beside them."""

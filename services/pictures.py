@@ -65,10 +65,12 @@ def grid(
     captions: Sequence[Caption | str] = (),
     columns: int | None = None,
     scale: int | None = None,
+    frames: Sequence[Colour | None] = (),
 ) -> np.ndarray:
     """A sheet of RGB uint8 pictures with a caption under each, as one RGB uint8 array.
 
     `columns` defaults to a sheet about as wide as tall, `scale` to the whole factor that makes tiles readable.
+    `frames` are the colours of thick frames, None for a picture without one.
     """
     if not images:
         raise ValueError("grid needs at least one image, got none")
@@ -92,6 +94,9 @@ def grid(
         x = _GAP + index % columns * (width + _GAP)
         y = _GAP + index // columns * (height + caption_height + _GAP)
         _paste(sheet, draw, tile, x, y)
+        if frames and frames[index] is not None:
+            # Apart from the picture, which may have the frame's colour.
+            draw.rectangle((x - 5, y - 5, x + tile.width + 4, y + tile.height + 4), outline=frames[index], width=3)
         if captions:
             _caption(draw, captions[index], x, y + height + 4, width, font)
     return np.asarray(sheet)

@@ -76,10 +76,17 @@ def _is_measure(name: str, *measures: str) -> bool:
     return any(name in (f"{measure}/mean", f"eval/{measure}") for measure in measures)
 
 
+def _is_agreement(name: str) -> bool:
+    """How well drafts foretell rewards."""
+    return name in ("explore/kendall", "explore/spearman", "explore/recall")
+
+
 # The order of the page, after the rewards. What no row shows follows under "more metrics".
 _CHARTS = (
     _ChartRow("Calls of the network per text (NFE)", lambda name: _is_measure(name, "nfe", "cached_calls"), True),
     _ChartRow("Entropy budget (gamma)", lambda name: _is_measure(name, "gamma"), floor_zero=True),
+    _ChartRow("Drafts: agreement of their ranking with the final one", _is_agreement),
+    _ChartRow("Drafts: spread of the chosen over that of the pool", lambda name: name == "explore/spread", True),
     _ChartRow("Diversity and spread within groups", _is_spread, floor_zero=True),
     _ChartRow("Loss", lambda name: name in ("loss", "loss/policy")),
     _ChartRow("Distance from the reference (KL)", lambda name: "kl" in name.split("/"), floor_zero=True),
@@ -127,6 +134,7 @@ def write_report(run_dir: Path) -> Path:
         texts=_texts(run.samples / "before_after.json"),
         frontier=inline(run.samples / "frontier.png"),
         reward_gap=inline(run.samples / "reward_gap.png"),
+        drafts=_drafts(run.samples),
         charts=charts,
         more_charts=more_charts,
         samples=_samples(run.samples),
@@ -281,6 +289,13 @@ def _samples(folder: Path) -> list[dict[str, str]]:
         elif (data := inline(path)) is not None:
             samples.append({"title": title, "text": "", "data": data})
     return samples
+
+
+def _drafts(folder: Path) -> list[dict[str, str]]:
+    """The first and the last picture of drafts and what was chosen of them; none if drafts were not explored."""
+    paths = sorted(folder.glob("explore_step_*.png"))
+    shown = [(path, inline(path)) for path in dict.fromkeys([*paths[:1], *paths[-1:]])]
+    return [{"title": f"step {int(path.stem[-5:])}", "data": data} for path, data in shown if data is not None]
 
 
 def _texts(path: Path) -> dict[str, Any] | None:
