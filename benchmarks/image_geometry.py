@@ -27,7 +27,6 @@ resident set so far, which only ever grows.
 from __future__ import annotations
 
 import argparse
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -233,9 +232,7 @@ class Bench:
 
     def row(self, job: Callable[[], Any], flops: int, rate: float, repeats: int) -> dict[str, Any]:
         """Warm up, then a job's seconds, what of the device's rate it reaches, and its peak memory."""
-        gc.collect()
-        torch.cuda.empty_cache()  # nothing without CUDA
-        self.clock.forget_peak()
+        self.clock.forget_peak(release=True)
         (first_s,) = self.clock.timed(job, 1)
         told = spread(self.clock.timed(job, repeats))
         return {

@@ -43,10 +43,12 @@ class Clock:
             seconds.append(time.perf_counter() - started_s)
         return seconds
 
-    def forget_peak(self) -> None:
-        """Let the next peak be of what follows; on a CPU nothing can be forgotten."""
+    def forget_peak(self, *, release: bool = False) -> None:
+        """Let the next peak be of what follows; on a CPU nothing can be forgotten. release: unused memory as well."""
         gc.collect()
         if self.device.type == "cuda":
+            if release:
+                torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_bytes(self) -> int:
