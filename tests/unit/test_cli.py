@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from raylign.errors import RaylignError
 from raylign.pretrain import PRETRAINERS
+from services.cli import app
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +36,13 @@ def _refused(arguments: list[str], folder: Path) -> str:
     return done.stdout + done.stderr
 
 
+def _raised(arguments: list[str]) -> str:
+    """What `_refused` would read, without a process: Raylign's own error, which the command prints."""
+    with pytest.raises(RaylignError) as caught:
+        app(arguments, standalone_mode=False)
+    return str(caught.value)
+
+
 def test_help_names_every_command(tmp_path: Path) -> None:
     done = _raylign(["--help"], tmp_path)
     assert done.returncode == 0
@@ -42,7 +51,7 @@ def test_help_names_every_command(tmp_path: Path) -> None:
 
 
 def test_an_ablation_of_pictures_is_refused(tmp_path: Path) -> None:
-    output = _refused(["ablate", "quickstart_image", "--out", "here", "--seed", "3"], tmp_path)
+    output = _raised(["ablate", "quickstart_image", "--out", str(tmp_path / "here"), "--seed", "3"])
     assert "compares entropy budgets, which sampler 'euler_ode' has not" in output
     assert not (tmp_path / "here").exists()
 
@@ -58,7 +67,7 @@ def test_a_prompt_without_a_quoted_target_is_named_before_anything_starts(tmp_pa
 def test_an_unreadable_prompt_line_is_named(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a sign that says \\"ONE\\""}\n{"prompt": " "}\n')
-    output = _refused(["train", "quickstart_image", "--prompts.train", str(prompts), "--run-dir", "run"], tmp_path)
+    output = _raised(["train", "quickstart_image", "--prompts.train", str(prompts), "--run-dir", str(tmp_path / "run")])
     assert "prompts.jsonl, line 2" in output
 
 
@@ -90,15 +99,15 @@ def test_a_wrong_model_directory_is_refused_with_the_component(tmp_path: Path, d
         "--placement",
         "in_process",
         "--run-dir",
-        "run",
+        str(tmp_path / "run"),
     ]
-    assert message in _refused(arguments, tmp_path)
+    assert message in _raised(arguments)
 
 
 def test_resume_export_and_report_refuse_what_is_no_run(tmp_path: Path) -> None:
-    for arguments in (["resume", "."], ["export", ".", "out"], ["report", "."], ["resume", "nowhere"]):
-        output = _refused(arguments, tmp_path)
-        assert "no run" in output
+    here, out = str(tmp_path), str(tmp_path / "out")
+    for arguments in (["resume", here], ["export", here, out], ["report", here], ["resume", str(tmp_path / "nowhere")]):
+        assert "no run" in _raised(arguments)
 
 
 def test_pretrain_lists_the_models_there_are(tmp_path: Path) -> None:
@@ -108,6 +117,6 @@ def test_pretrain_lists_the_models_there_are(tmp_path: Path) -> None:
 
 
 def test_pretrain_refuses_unknown_names_and_full_folders(tmp_path: Path) -> None:
-    assert "known: glyphs" in _refused(["pretrain", "glyfs", "--out", "new"], tmp_path)
+    assert "known: glyphs" in _raised(["pretrain", "glyfs", "--out", str(tmp_path / "new")])
     (tmp_path / "file").touch()
-    assert "is not empty" in _refused(["pretrain", "glyphs", "--out", "."], tmp_path)
+    assert "is not empty" in _raised(["pretrain", "glyphs", "--out", str(tmp_path)])
