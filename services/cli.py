@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from raylign.pretrain import PRETRAINERS
+from services import job_commands
 
 app = typer.Typer(
     name="raylign",
@@ -19,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+app.add_typer(job_commands.app)
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="Where the run writes; a new folder in runs/.")]
@@ -234,10 +237,12 @@ def parse_numbers(option: str, text: str) -> tuple[float, ...]:
 
 
 def main() -> None:
-    """Entry point: Raylign's own errors are printed without a traceback, exit code 1; Ctrl-C is 130."""
+    """Entry point: Raylign's own errors are printed without a traceback, exit code 1; Ctrl-C and SIGTERM are 130."""
     from services.process import prepare_environment
 
     prepare_environment()
+    # A stop while workers start is a Ctrl-C too, so that a joined cluster is left as it was.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     from raylign.errors import RaylignError
 
     try:
