@@ -44,6 +44,7 @@ class Drawn:
     """A batch of samples: pictures or texts, how they came about, and which of them can be used.
 
     told: what the network was told about each prompt, on the CPU. ok: one per sample, False for a failed one.
+    places: which of the samples that were asked for these are, as many of each prompt; all when not given.
     """
 
     trajectory: LatentTrajectory | TokenTrajectory
@@ -53,6 +54,7 @@ class Drawn:
     decode_s: float
     images_BHWC: np.ndarray | None = None
     texts: Sequence[str] | None = None
+    places: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,8 @@ class RolloutEngine(Generic[PolicyT]):
     def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
         """One (part of a) group per task, with the request's siblings. Not thread-safe.
 
-        A sample that came out not finite has status GENERATION_FAILED; its neighbours are unharmed.
+        A sample that came out not finite has status GENERATION_FAILED; its neighbours are unharmed. Where the slot's
+        setup prunes, a group has the siblings that were drawn to the end.
         """
         version = self._use(WEIGHTS_OF[request.slot])
         count = len(request.sample_indices)
@@ -120,6 +121,9 @@ class RolloutEngine(Generic[PolicyT]):
             texts = [task.prompt.text for task in request.tasks]
             step = request.tasks[0].learner_step
             drawn = self._denoiser.draw(texts, count, request.slot, keys, request.point, step)
+        if drawn.places is not None:
+            keys = [keys[place] for place in drawn.places]
+            count = len(keys) // len(request.tasks)
         return [_group(task, keys, drawn, place, count, version) for place, task in enumerate(request.tasks)]
 
     def probe(self, text: str, slot: Slot = "rollout") -> Probe:

@@ -21,6 +21,7 @@ from raylign.samplers.gddim import GddimConfig
 from raylign.samplers.window import window_steps
 from raylign.types import LatentTrajectory, Needs, SampleKey, WeightVersion
 from rollout.drawn import MAX_CACHED_PROMPTS, Drawn, EvalPoint, Probe, Slot
+from rollout.pruning import PruneConfig, survivors
 
 _PROBE_SIGMAS = (0.95, 0.5, 0.05)
 
@@ -29,13 +30,15 @@ _PROBE_SIGMAS = (0.95, 0.5, 0.05)
 class SamplerSetup:
     """An image sampler, its guidance, and what of a trajectory to keep.
 
-    latents: every state is rounded to this format before it is used, scored or stored.
+    latents: every state is rounded to this format before it is used, scored or stored. prune: which samples of a prompt
+    are not drawn to the end; only where nothing but the end is needed.
     """
 
     sampler: Sampler
     guidance_scale: float
     needs: Needs
     latents: Precision = "fp32"
+    prune: PruneConfig | None = None
 
 
 class ImageDenoiser:
@@ -76,7 +79,8 @@ class ImageDenoiser:
         stochastic_S = stochastic_steps(setup.sampler, self._run_seed, learner_step)
         started_s = time.perf_counter()
         policy = self._computing.get(slot, self._policy)
-        trajectory = denoise(policy, setup, join_conditioning(told).repeat(count), keys, stochastic_S)
+        batch = _Batch(policy, setup, join_conditioning(told).repeat(count), keys)
+        trajectory = _walk(policy, setup, batch, stochastic_S, count)
         sampled_s = time.perf_counter()
         images_BHWC = self._policy.decode(trajectory.final_GCHW.to(self._policy.device))
         return Drawn(
@@ -86,6 +90,7 @@ class ImageDenoiser:
             sample_s=sampled_s - started_s,
             decode_s=time.perf_counter() - sampled_s,
             images_BHWC=images_BHWC,
+            places=batch.places,
         )
 
     def _make_setup(self, slot: Slot, point: EvalPoint) -> SamplerSetup:
@@ -140,29 +145,61 @@ def denoise(
     noise from its "sde" key. stochastic_S: the steps that add noise, all that can if not given; where one that can
     does not, it follows the ODE.
     """
-    sampler, device, num_steps = setup.sampler, policy.device, len(setup.sampler.stochastic_S)
+    return _walk(policy, setup, _Batch(policy, setup, conditioning, keys), stochastic_S, len(keys))
+
+
+class _Batch:
+    """Samples on their way, and where they stood in what was asked for."""
+
+    def __init__(
+        self, policy: DenoisingPolicy, setup: SamplerSetup, conditioning: Conditioning, keys: Sequence[SampleKey]
+    ) -> None:
+        noise = normal(sample_generators(_latent_keys(setup.sampler, keys), "latent"), policy.latent_shape)
+        scaled = noise.to(policy.device) * initial_scale(setup.sampler.sigmas_S1)
+        self.state_BCHW = _rounded(scaled, setup.latents)
+        self.conditioning = conditioning
+        self.step_noise = sample_generators(keys, "sde") if any(setup.sampler.stochastic_S) else []
+        self.past: list[Past] = []
+        self.places = tuple(range(len(keys)))
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Go on with some of the samples."""
+        index = torch.tensor(places, device=self.state_BCHW.device)
+        self.state_BCHW = self.state_BCHW[index]
+        self.conditioning = self.conditioning.rows(index)
+        self.step_noise = [self.step_noise[place] for place in places] if self.step_noise else []
+        self.past = [Past(one.state_BCHW[index], one.velocity_BCHW[index]) for one in self.past]
+        self.places = tuple(self.places[place] for place in places)
+
+
+def _walk(
+    policy: DenoisingPolicy, setup: SamplerSetup, batch: _Batch, stochastic_S: Sequence[bool] | None, per_prompt: int
+) -> LatentTrajectory:
+    """See `denoise`; with `setup.prune`, some of each prompt's samples, `per_prompt` in a row, are left behind."""
+    sampler, device = setup.sampler, policy.device
     mask_S = sampler.stochastic_S if stochastic_S is None else tuple(stochastic_S)
-    noise = normal(sample_generators(_latent_keys(sampler, keys), "latent"), policy.latent_shape)
-    state = _rounded(noise.to(device) * initial_scale(sampler.sigmas_S1), setup.latents)
-    step_noise = sample_generators(keys, "sde") if any(mask_S) else []
-    states, logprobs = [state], []
-    past: list[Past] = []
-    for step in range(num_steps):
-        sigma_B = sampler.sigmas_S1[step].to(device).expand(len(keys))
-        velocity = guided_velocity(policy, state, sigma_B, conditioning, setup.guidance_scale)
-        added = normal(step_noise, policy.latent_shape).to(device) if mask_S[step] else None
+    states, logprobs = [batch.state_BCHW], []
+    for step in range(len(mask_S)):
+        sigma_B = sampler.sigmas_S1[step].to(device).expand(len(batch.places))
+        velocity = guided_velocity(policy, batch.state_BCHW, sigma_B, batch.conditioning, setup.guidance_scale)
+        if setup.prune is not None and step == setup.prune.at_step:
+            velocity = _prune(setup.prune, batch, velocity, float(sigma_B[0]), per_prompt)
+        state = batch.state_BCHW
+        added = normal(batch.step_noise, policy.latent_shape).to(device) if mask_S[step] else None
         if sampler.stochastic_S[step] and added is None:
             transition = ode_transition(sampler.sigmas_S1, velocity, state, step)
         else:
-            transition = sampler.transition(velocity, state, step, past)
-        past = [*past, Past(state, velocity)][-sampler.config.history :] if sampler.config.history else []
+            transition = sampler.transition(velocity, state, step, batch.past)
+        history = sampler.config.history
+        batch.past = [*batch.past, Past(state, velocity)][-history:] if history else []
         state = _rounded(transition.mean_BCHW if added is None else transition.sample(added), setup.latents)
+        batch.state_BCHW = state
         if Needs.LOGPROBS in setup.needs:
-            logprobs.append(torch.zeros(len(keys)) if added is None else transition.logprob(state).cpu())
+            logprobs.append(torch.zeros(len(state)) if added is None else transition.logprob(state).cpu())
         if Needs.STEPS in setup.needs:
             states.append(state)
     return LatentTrajectory(
-        final_GCHW=(state * final_scale(sampler.sigmas_S1)).cpu(),
+        final_GCHW=(batch.state_BCHW * final_scale(sampler.sigmas_S1)).cpu(),
         sigmas_S1=sampler.sigmas_S1,
         states_GS1CHW=torch.stack(states, dim=1).to(DTYPES[setup.latents]).cpu()
         if Needs.STEPS in setup.needs
@@ -170,6 +207,17 @@ def denoise(
         rollout_logprob_GS=torch.stack(logprobs, dim=1) if logprobs else None,
         stochastic_S=torch.tensor(mask_S),
     )
+
+
+def _prune(
+    prune: PruneConfig, batch: _Batch, velocity_BCHW: torch.Tensor, sigma: float, per_prompt: int
+) -> torch.Tensor:
+    """Leave samples behind by their clean estimates x_0 = x_t - sigma v; the others' velocity."""
+    clean_BCHW = (batch.state_BCHW - sigma * velocity_BCHW).cpu()
+    starts = range(0, len(clean_BCHW), per_prompt)
+    kept = [start + place for start in starts for place in survivors(prune, clean_BCHW[start : start + per_prompt])]
+    batch.keep(kept)
+    return velocity_BCHW[torch.tensor(kept, device=velocity_BCHW.device)]
 
 
 def _rounded(state: torch.Tensor, latents: Precision) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ def build_engine(config: RunConfig) -> RolloutEngine[Any]:
     if explore is not None and explore.regenerate:
         # Of a draft only its end is looked at; its states are rounded as those of the rollout that it foretells.
         sampler = draft_sampler(config.sampler, explore)
-        setups["draft"] = sampler_setup(policy, sampler, Needs.FINAL, config.rollout.latents)
+        drafts = sampler_setup(policy, sampler, Needs.FINAL, config.rollout.latents)
+        setups["draft"] = replace(drafts, prune=explore.prune) if isinstance(drafts, SamplerSetup) else drafts
     return RolloutEngine(policy, setups, config.seed, low_precision(config, policy))
 
 
