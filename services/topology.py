@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from services.reward_app import RewardService
 
 Phase = Callable[[str], AbstractContextManager[Any]]
+
+ROLE_LABEL = "raylign.io/role"
+"""Ray label of nodes that are set aside: `learner` or `rollout`; deploy/ labels its worker groups with it."""
 
 
 @dataclass(slots=True)
@@ -83,6 +86,12 @@ def required_resources(config: RunConfig) -> dict[str, float]:
         cpus += config.rollout.num_actors + config.learner.num_ranks
         gpus += config.learner.num_ranks * config.learner.num_gpus_per_rank
     return {"CPU": cpus, "GPU": gpus + reward_gpus}
+
+
+def role_selector(nodes: Sequence[Mapping[str, Any]], role: str) -> dict[str, str]:
+    """Keeps a role on the nodes that are set aside for it; {} if none is, and then any node will do."""
+    set_aside = any(node["Alive"] and node["Labels"].get(ROLE_LABEL) == role for node in nodes)
+    return {ROLE_LABEL: role} if set_aside else {}
 
 
 def check_cluster(config: RunConfig) -> None:
@@ -186,10 +195,15 @@ def _create_workers(config: RunConfig) -> tuple[list[ActorHandle], list[ActorHan
 
     from services.worker_actor import ColocatedWorker, LearnerWorker, RolloutWorker, Worker
 
+    nodes = ray.nodes()
+
     def create(kind: type[Worker], rank: int | None, num_gpus: float) -> Any:
         # A lost rollout actor comes back by itself; a lost rank would come back without its optimiser.
         restarts = -1 if rank is None else 0
-        actor = ray.remote(kind).options(num_cpus=1, num_gpus=num_gpus, max_restarts=restarts)
+        where = role_selector(nodes, "rollout" if rank is None else "learner")
+        actor = ray.remote(kind).options(
+            num_cpus=1, num_gpus=num_gpus, max_restarts=restarts, label_selector=where or None
+        )
         return actor.remote(config, kind is not LearnerWorker, rank)
 
     rollout, learner = config.rollout, config.learner
