@@ -88,7 +88,8 @@ def tuned(case: Mapping[str, Any], num_layers: int, role: str) -> tuple[nn.Modul
 class Source:
     """The learner's process: trained weights that move, and the verbs of a rank that publish them."""
 
-    def __init__(self, case: Mapping[str, Any], num_layers: int, lr: float) -> None:
+    def prepare(self, case: Mapping[str, Any], num_layers: int, lr: float) -> None:
+        """Start afresh with weights of one kind."""
         torch.set_num_threads(1)
         _, self._tuned = tuned(case, num_layers, "learner")
         self._dtype = DTYPES[case["dtype"]]
@@ -132,7 +133,8 @@ class Source:
 class Sink:
     """An actor's process: weights that are pulled."""
 
-    def __init__(self, case: Mapping[str, Any], num_layers: int) -> None:
+    def prepare(self, case: Mapping[str, Any], num_layers: int) -> None:
+        """Start afresh, holding nothing."""
         torch.set_num_threads(1)
         self._network, self._tuned = tuned(case, num_layers, "actor")
         self._held: WeightSnapshot | None = None
@@ -161,19 +163,38 @@ class Sink:
         return self._pulled
 
 
-async def measure(case: Mapping[str, Any], num_layers: int, num_actors: int, options: argparse.Namespace) -> Any:
-    """The whole way, in rounds; the first two are not counted."""
+async def measure_all(layers: Mapping[str, int], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Every case with every number of actors, by the same processes."""
     import ray
 
     from services.fleet import RayFleet
+
+    remote: Any = ray.remote
+    source = remote(Source).options(num_cpus=0).remote()
+    sinks = [remote(Sink).options(num_cpus=0).remote() for _ in range(max(options.actors))]
+    # Closing a fleet ends its actors.
+    fleets = {count: RayFleet(sinks[:count]) for count in options.actors}
+    found: dict[str, dict[str, Any]] = {name: {} for name in layers}
+    for name, num_layers in layers.items():
+        for count, fleet in fleets.items():
+            rows = await measure(CASES[name], num_layers, source, sinks[:count], fleet, options)
+            found[name][str(count)] = summary(rows)
+    for fleet in fleets.values():
+        await fleet.close()
+    return found
+
+
+async def measure(
+    case: Mapping[str, Any], num_layers: int, source: Any, sinks: list[Any], fleet: Any, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The whole way, in rounds; the first two are left out."""
     from services.ray_learner import Publication, RayLearner
 
     lr = options.adapter_lr if case["tuning"] == "lora" else options.full_lr
-    remote: Any = ray.remote
-    source = remote(Source).options(num_cpus=0).remote(case, num_layers, lr)
-    sinks = [remote(Sink).options(num_cpus=0).remote(case, num_layers) for _ in range(num_actors)]
-    await asyncio.gather(*(sink.ping.remote() for sink in sinks))
-    learner, fleet = RayLearner([source], deltas=case.get("delta", False)), RayFleet(sinks)
+    await asyncio.gather(
+        source.prepare.remote(case, num_layers, lr), *(sink.prepare.remote(case, num_layers) for sink in sinks)
+    )
+    learner = RayLearner([source], deltas=case.get("delta", False))
     rows: list[dict[str, Any]] = []
     for version in range(options.rounds + 2):
         await source.move.remote()
@@ -193,10 +214,7 @@ async def measure(case: Mapping[str, Any], num_layers: int, num_actors: int, opt
                 "kind": pulls[0]["kind"],
             }
         )
-    await fleet.close()
-    for actor in [source, *sinks]:
-        ray.kill(actor)
-    return summary(rows[2:])
+    return rows[2:]
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -235,7 +253,8 @@ def timed(rounds: int, work: Callable[[], object]) -> dict[str, float]:
 def stages(name: str, num_layers: int, options: argparse.Namespace) -> dict[str, Any]:
     """Each part of publish and pull alone, in this process, without Ray."""
     case = CASES[name]
-    source = Source(case, num_layers, options.adapter_lr if case["tuning"] == "lora" else options.full_lr)
+    source = Source()
+    source.prepare(case, num_layers, options.adapter_lr if case["tuning"] == "lora" else options.full_lr)
     before = source.snapshot(0)
     source.move()
     after = source.snapshot(1)
@@ -319,12 +338,7 @@ def main() -> None:
     layers = {name: num_layers_of(CASES[name], options) for name in options.cases}
     alone = {name: stages(name, layers[name], options) for name in options.cases}
     with tempfile.TemporaryDirectory() as scratch, local_cluster(1 + max(options.actors), Path(scratch)):
-        ways = {
-            name: {
-                str(count): asyncio.run(measure(CASES[name], layers[name], count, options)) for count in options.actors
-            }
-            for name in options.cases
-        }
+        ways = asyncio.run(measure_all(layers, options))
     report: dict[str, Any] = {
         "command": shlex.join(["python", "benchmarks/weight_sync.py", *sys.argv[1:]]),
         "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
