@@ -22,6 +22,7 @@ PACKAGES = ("raylign", "learner", "rollout", "rewards", "services")
 SOURCES = sorted(path for name in (*PACKAGES, "benchmarks", "tests") for path in (ROOT / name).rglob("*.py"))
 RUN_CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.toml") if not path.name.startswith("rewards_"))
 PRESETS = sorted((ROOT / "configs" / "presets").glob("*.toml"))
+ALGORITHM_PRESETS = [path for path in PRESETS if path.stem != "explore"]
 PICTURE_TASKS = ("quickstart_image", "quickstart_shapes")
 REWARD_CONFIGS = sorted((ROOT / "configs").glob("rewards_*.toml"))
 
@@ -80,14 +81,21 @@ def test_a_run_configuration_parses(path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", PICTURE_TASKS)
-@pytest.mark.parametrize("path", PRESETS, ids=_name)
+@pytest.mark.parametrize("path", ALGORITHM_PRESETS, ids=_name)
 def test_a_preset_fits_every_picture_task(path: Path, task: str) -> None:
     assert load_run_config([task, str(path)]).algorithm.type == path.stem
 
 
 def test_every_picture_algorithm_has_a_preset() -> None:
     types = [config.model_fields["type"].default for config in IMAGE_ALGORITHMS]
-    assert sorted(types) == [path.stem for path in PRESETS]
+    assert sorted(types) == [path.stem for path in ALGORITHM_PRESETS]
+
+
+@pytest.mark.parametrize("task", PICTURE_TASKS)
+def test_the_preset_of_exploration_fits_every_picture_task(task: str) -> None:
+    explore = load_run_config([task, "explore"]).rollout.explore
+    assert explore is not None
+    assert explore.regenerate
 
 
 @pytest.mark.parametrize("path", REWARD_CONFIGS, ids=_name)
