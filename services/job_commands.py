@@ -22,6 +22,7 @@ AddressOption = Annotated[str | None, typer.Option("--address", help=_HELP)]
 JobArgument = Annotated[str, typer.Argument(metavar="ID", help="What `raylign submit` printed.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON, for programs.")]
 _FOLLOW_WAIT_S = 60.0
+_MESSAGE_LINES = 15
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -84,7 +85,7 @@ def status(job_id: JobArgument, address: AddressOption = None, as_json: JsonOpti
         ("duration", _duration(job)),
         ("run directory", job.run_dir),
         ("exit code", job.exit_code),
-        ("message", job.message.strip() if job.status == "FAILED" else None),
+        ("message", _ending(job.message) if job.status == "FAILED" else None),
     ):
         if value not in (None, "", "-"):
             typer.echo(f"{label.ljust(14)} {value}")
@@ -173,6 +174,11 @@ def _leaving(client: JobClient, job_id: str) -> Generator[None]:
         where = f"{job_id} --address {client.address}"
         typer.echo(f"\n{job_id} goes on. Watch: raylign logs {where} --follow. Stop: raylign stop {where}", err=True)
         raise typer.Exit(130) from None
+
+
+def _ending(message: str) -> str:
+    """Ray puts up to 20,000 characters of log into it."""
+    return "\n".join(message.strip().splitlines()[-_MESSAGE_LINES:])
 
 
 def _step(job: Job) -> str:

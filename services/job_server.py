@@ -31,7 +31,7 @@ TIMEOUT_S = 5.0
 _SCHEMES = ("http://", "https://")
 _CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
 _NOT_READY = "No available agent"
-_SUBMIT_TRIES = 4
+_SUBMIT_TRIES = 3
 _HOME_TOKEN = Path(".ray/auth_token")
 _TOKEN_HELP = (
     "set RAY_AUTH_TOKEN_PATH to the cluster's token file, or RAY_AUTH_TOKEN to the token (on the head node, "
@@ -118,8 +118,14 @@ class RayJobServer:
                     )
                 return
             except ClusterError as error:
-                if _NOT_READY not in str(error) or not tries_left:
+                if _NOT_READY not in str(error):
                     raise
+                if not tries_left:
+                    raise ClusterError(
+                        f"the Ray cluster at {self.address} answers, but the agent of its head node does not start the "
+                        "job. Wait and submit again; where two clusters share that machine, give each a port of its "
+                        "own with `ray start --dashboard-agent-listen-port`"
+                    ) from error
 
     def job(self, job_id: str) -> tuple[Job, Mapping[str, str]]:
         with self._spoken(job_id):
