@@ -22,7 +22,7 @@ FROM python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c1e69fa1849
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini=0.19.* \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --uid 10001 raylign
+    && useradd --create-home --home-dir /var/lib/raylign --uid 10001 raylign
 COPY --from=build /image/ /
 COPY --chmod=0555 docker/train-or-resume /usr/local/bin/train-or-resume
 # GPUs are given by the container runtime, their driver's libraries by this; `--gpus`, or the pod's limit, says which.
@@ -31,7 +31,7 @@ ENV PYTHONUNBUFFERED=1 \
     HF_HUB_OFFLINE=1 \
     RAY_USAGE_STATS_ENABLED=0
 USER 10001:10001
-WORKDIR /home/raylign
+WORKDIR /var/lib/raylign
 # No HEALTHCHECK: what answers depends on the command. A node of a cluster answers at :52365/api/healthz.
 ENTRYPOINT ["tini", "--"]
 CMD ["raylign", "--help"]

@@ -22,13 +22,13 @@ FROM python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c1e69fa1849
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini=0.19.* \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --uid 10001 raylign
+    && useradd --create-home --home-dir /var/lib/raylign --uid 10001 raylign
 COPY --from=build /image/ /
 ENV PYTHONUNBUFFERED=1 \
     HF_HUB_OFFLINE=1 \
     RAY_USAGE_STATS_ENABLED=0
 USER 10001:10001
-WORKDIR /home/raylign
+WORKDIR /var/lib/raylign
 EXPOSE 8000
 HEALTHCHECK --start-period=120s --interval=30s --timeout=10s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/v1/healthz', timeout=8)"]

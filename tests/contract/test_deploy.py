@@ -261,6 +261,8 @@ def test_the_reward_service_names_a_judge_and_a_redis_that_are_there() -> None:
         if document.get("kind") == "Service"
     }
     judge = next(reward for reward in rewards.rewards if reward.type == "vlm_judge")
+    (vllm,) = nodes_of(documents(ROOT / "deploy" / "judge_vllm.yaml"), "args")
+    assert f"--served-model-name={judge.engine.model}" in vllm
     host, port = judge.engine.base_url.removeprefix("http://").removesuffix("/v1").split(":")  # type: ignore[union-attr]
     assert int(port) in services[host]
     assert cluster.gcsFaultToleranceOptions is not None
