@@ -2,7 +2,7 @@
 
     raylign/ learner/ rollout/ rewards/ services/     the import packages, as this process imports them
     job/NAME.toml                                      the configuration with every override in it
-    job/inputs/                                        prompt files of this machine, named by their contents
+    job/inputs/HASH/                                   prompt files of this machine, in a folder per content
 
 Nothing else of the working directory travels: no environment, no runs, no hidden file, no link. The same content gives
 the same bytes, so Ray stores an archive that it has already under its hash and does not take it twice.
@@ -105,7 +105,8 @@ def _travelling_config(config: RunConfig, run_dir: str, upload: bool) -> tuple[s
             continue
         source = resolve(given).resolve()
         if upload:
-            place = f"{source.stem}-{_identity(source)}{source.suffix}"
+            # The name stays as it is: prompts' ids have it, and with them every random draw.
+            place = f"{_identity(source)}/{source.name}"
             inputs[place] = source
             data["prompts"][key] = f"{run_dir.rstrip('/')}/{_INPUTS}/{place}"
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -193,6 +194,21 @@ def test_an_address_that_does_not_answer_is_an_error_and_no_wait() -> None:
         assert time.monotonic() - began < 2
 
 
+def test_a_terminated_command_ends_as_on_ctrl_c() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "services.cli", "list", "--address", f"http://127.0.0.1:{silent.getsockname()[1]}"],
+            cwd=Path(__file__).parents[2],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        connection, _ = silent.accept()  # it is there, and waits for an answer
+        process.terminate()
+        with connection:
+            assert process.communicate(timeout=60)[1] == ""  # no traceback
+    assert process.returncode == 130
+
+
 # Checks before anything is sent.
 
 
@@ -249,6 +265,7 @@ def test_an_archive_holds_the_program_the_configuration_and_the_prompts_only(pro
     sent = load_config(RunConfig, tmp_path / "sent.toml")
     assert sent.prompts.train == f"/runs/a/{inputs.removeprefix('job/')}"
     assert sent.model_copy(update={"prompts": None}) == tiny(prompts).model_copy(update={"prompts": None})
+    assert Path(inputs).name == prompts.name  # ids of prompts, and so all draws, depend on it
     assert package.uploaded == (prompts,)
     assert package.left == ()
     assert package.size_bytes == package.path.stat().st_size
