@@ -15,22 +15,25 @@ import torch
 from learner.learner import Learner
 from raylign.config import parse_config
 from raylign.errors import RewardError
-from raylign.samplers import FlowSchedule, make_sampler
+from raylign.samplers import FlowSchedule, make_sampler, make_token_sampler
 from raylign.samplers.euler_ode import EulerOdeConfig
 from raylign.samplers.flow_sde import FlowSdeConfig
 from raylign.types import Needs, Prompt, RewardSample, RolloutGroup
+from rollout.draft_sampler import draft_sampler
 from rollout.drawn import Slot
-from rollout.engine import ChunkRequest, RolloutEngine, SamplerSetup, join_parts
-from rollout.explore import DraftGroup, as_drafts
+from rollout.engine import ChunkRequest, RolloutEngine, SamplerSetup, TokenSetup, join_parts
+from rollout.explore import DraftGroup, ExploreConfig, as_drafts
 from rollout.prompts import GroupTask, PromptStream
+from rollout.pruning import PruneConfig
 from services.config import RunConfig
 from services.controller import Controller
 from services.exploration import explored_group, is_shown, requests_of
 from services.scoring import score_groups
 from tests.fakes import FakeFleet, FakeLearner, FakeScorer, TwoNumberPolicy, make_group
+from tests.toy_text import ToyTextPolicy
 from tests.unit.test_controller import PROMPTS, Recorder
 
-TASK = GroupTask(Prompt("p", "four"), 2, 0, learner_step=1)
+TASK = GroupTask(Prompt("p", "fade"), 2, 0, learner_step=1)
 
 
 def settings(pool: int = 12, group: int = 4, chunk: int = 2, **explore: Any) -> RunConfig:
@@ -42,18 +45,30 @@ def settings(pool: int = 12, group: int = 4, chunk: int = 2, **explore: Any) -> 
 class Drawing:
     """The engine of a two-number policy behind `Draw`: rewards are functions of (slot, sample index)."""
 
-    def __init__(self, reward: Any, sampler: Any = EulerOdeConfig(num_steps=6), num_draft_steps: int = 6) -> None:  # noqa: B008  # frozen
-        policy = TwoNumberPolicy()
-        schedule = FlowSchedule(1.0)
-        setups: dict[Slot, SamplerSetup] = {
-            "rollout": SamplerSetup(make_sampler(sampler, schedule), 1.0, Needs.STEPS),
-            "draft": SamplerSetup(make_sampler(EulerOdeConfig(num_steps=num_draft_steps), schedule), 1.0, Needs.FINAL),
-        }
-        self.engine = RolloutEngine(policy, setups, run_seed=0)
-        self.engine.pull(policy.export_weights(7))
+    def __init__(
+        self,
+        reward: Any,
+        sampler: Any = EulerOdeConfig(num_steps=6),  # noqa: B008  # frozen
+        num_draft_steps: int = 6,
+        prune: PruneConfig | None = None,
+        engine: RolloutEngine[Any] | None = None,
+    ) -> None:
+        self.engine = engine or self._pictures(sampler, num_draft_steps, prune)
         self.requests: list[ChunkRequest] = []
         self.pools: list[RolloutGroup] = []
         self._reward = reward
+
+    @staticmethod
+    def _pictures(sampler: Any, num_draft_steps: int, prune: PruneConfig | None) -> RolloutEngine[Any]:
+        policy, schedule = TwoNumberPolicy(), FlowSchedule(1.0)
+        ode = make_sampler(EulerOdeConfig(num_steps=num_draft_steps), schedule)
+        setups: dict[Slot, SamplerSetup] = {
+            "rollout": SamplerSetup(make_sampler(sampler, schedule), 1.0, Needs.STEPS),
+            "draft": SamplerSetup(ode, 1.0, Needs.FINAL, prune=prune),
+        }
+        engine = RolloutEngine(policy, setups, run_seed=0)
+        engine.pull(policy.export_weights(7))
+        return engine
 
     async def draw(self, requests: Sequence[ChunkRequest]) -> RolloutGroup:
         self.requests += requests
@@ -111,6 +126,53 @@ def test_coupled_rollouts_are_drawn_again_by_their_noisy_sampler() -> None:
     assert group.latents.stochastic_S is not None
     assert group.latents.stochastic_S.any()
     assert torch.equal(group.latents.final_GCHW[2:], alone.latents.final_GCHW)
+
+
+def test_pruned_drafts_are_no_candidates_and_no_failures() -> None:
+    drawing = Drawing(lambda slot, index: float(index), prune=PruneConfig(at_step=2, keep=0.5))
+    group = drawing.explored(settings(chunk_size=6, prune={"at_step": 2, "keep": 0.5}))
+    seen = group.exploration
+    assert seen is not None
+    assert len(seen.indices) == len(seen.totals) == 6
+    assert seen.num_failed == 0
+    assert _indices(group) == [*seen.indices[:2], *seen.indices[-2:]]
+    assert [sum(index < 6 for index in seen.indices), sum(index >= 6 for index in seen.indices)] == [3, 3]
+
+
+def test_texts_are_drafted_at_a_large_budget_and_drawn_again_at_the_trained_one() -> None:
+    text = {
+        "model": {"type": "tiny_text"},
+        "sampler": {"type": "entropy_bounded", "gamma": 0.05},
+        "algorithm": {"type": "d1"},
+        "group_size": 4,
+        "rollout": {"chunk_size": 2, "explore": {"pool_size": 8, "gamma": 50.0}},
+    }
+    config = parse_config(RunConfig, text, "test")
+    explore = config.rollout.explore
+    assert explore is not None
+    policy = ToyTextPolicy(seed=3)
+    samplers: dict[Slot, Any] = {"rollout": config.sampler, "draft": draft_sampler(config.sampler, explore)}
+    setups: dict[Slot, SamplerSetup | TokenSetup] = {
+        slot: TokenSetup(make_token_sampler(sampler, policy.canvas_length), Needs.FINAL)
+        for slot, sampler in samplers.items()
+    }
+    engine = RolloutEngine(policy, setups, run_seed=0)
+    engine.pull(policy.export_weights(0))
+    drawing = Drawing(lambda slot, index: float(index), engine=engine)
+    group = drawing.explored(config)
+    assert _indices(group) == [0, 1, 6, 7]
+    pool = drawing.pools[0]
+    # All at once in one call each, against several calls at the training budget; the same keys, so the same uniforms.
+    assert pool.tokens.nfe_G.tolist() == [1] * 8
+    assert float(group.tokens.nfe_G.float().mean()) > 1
+    again = engine.generate(ChunkRequest((TASK,), (6, 7)))[0]
+    assert torch.equal(group.tokens.tokens_GL[2:], again.tokens.tokens_GL)
+    assert group.texts is not None
+    assert group.texts[2:] == again.texts
+    whole = ExploreConfig(pool_size=8, regenerate=False)
+    kept = asyncio.run(explored_group(config, whole, TASK, drawing.draw))
+    assert kept.texts is not None
+    assert len(kept.texts) == len(kept.tokens.tokens_GL) == 4
 
 
 def test_without_regeneration_the_selected_of_the_pool_are_the_group() -> None:
