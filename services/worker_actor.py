@@ -13,10 +13,11 @@ import ray
 
 from learner.checkpoint import load_checkpoint, save_checkpoint
 from learner.parallel import RankGroup
+from raylign.errors import RaylignError
 from raylign.types import RolloutGroup, WeightVersion
 from raylign.weights import WeightSnapshot
 from rollout.drawn import WEIGHTS_OF, Pulled, Slot
-from rollout.engine import ChunkRequest, Probe, WeightSlot
+from rollout.engine import ChunkRequest, Probe, RolloutEngine, WeightSlot
 from services.assembly import build_engine, build_learner
 from services.config import RunConfig
 from services.ray_errors import NotPulledError
@@ -29,11 +30,20 @@ class Worker:
     def __init__(self, config: RunConfig, rollout: bool, rank: int | None) -> None:
         self._config = config
         self._rank = rank
-        self._engine = build_engine(config) if rollout else None
+        self._engine: RolloutEngine[Any] | None = None
+        self._refusal: RaylignError | None = None
+        try:
+            self._engine = build_engine(config) if rollout else None
+        except RaylignError as error:
+            # What a constructor raises reaches the driver as the text of a dead actor; a ping's answer as itself.
+            self._refusal = error
         self._learner: Any = None
         self._pulled: set[WeightSlot] = set()
 
     def ping(self) -> str:
+        """Raises what kept the engine from being built."""
+        if self._refusal is not None:
+            raise self._refusal
         return "pong"
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
