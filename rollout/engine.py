@@ -20,6 +20,7 @@ from raylign.models.base import DenoisingPolicy
 from raylign.models.tokens import TokenPolicy
 from raylign.precision.shadow import Shadow
 from raylign.types import Rollout, RolloutGroup, RolloutStatus, SampleKey, WeightVersion
+from raylign.weight_delta import apply_delta
 from raylign.weights import WeightSnapshot
 from rollout.drawn import (
     AS_CONFIGURED,
@@ -88,11 +89,13 @@ class RolloutEngine(Generic[PolicyT]):
     def pull(self, snapshot: WeightSnapshot, slot: WeightSlot = "rollout") -> Pulled:
         """Verify and load a published snapshot, between batches. Raises WeightError and keeps the old on a fault.
 
-        Low-precision copies are made anew from the rollout weights, in the memory they are in.
+        A delta is applied to what the slot pulled last. Low-precision copies are made anew from the rollout weights, in
+        the memory they are in.
         """
         started_s = time.perf_counter()
-        self.policy.load_weights(snapshot)
-        self._snapshots[slot] = snapshot
+        whole = apply_delta(self._snapshots.get(slot), snapshot) if snapshot.kind == "delta" else snapshot
+        self.policy.load_weights(whole)
+        self._snapshots[slot] = whole
         self._loaded = slot
         loaded_s = time.perf_counter() - started_s
         copies = [low.shadow.refresh() for low in self._low.values()] if slot == "rollout" else []

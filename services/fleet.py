@@ -25,6 +25,7 @@ from raylign.types import RolloutGroup
 from rollout.drawn import Pulled, Slot
 from rollout.engine import ChunkRequest, Probe, WeightSlot
 from services.ray_errors import NotPulledError, actor_name, unwrap
+from services.ray_learner import Publication
 from services.roles import SnapshotHandle
 
 # A second chunk waits at each actor, so that it never idles for a round trip.
@@ -92,8 +93,11 @@ class RayFleet:
 
     async def pull(self, snapshot: SnapshotHandle, slot: WeightSlot) -> list[Pulled]:
         """Every healthy actor loads it; one that is away pulls it when it comes back. One report per healthy actor."""
-        self._snapshots[slot] = snapshot
-        reports = await self._on_every_actor("pull", {"snapshot": snapshot, "slot": slot})
+        whole, newest = snapshot, snapshot
+        if isinstance(snapshot, Publication):
+            whole, newest = snapshot.whole, snapshot.newest
+        self._snapshots[slot] = whole
+        reports = await self._on_every_actor("pull", {"snapshot": newest, "slot": slot})
         return [report for report in reports if report is not None]
 
     @property

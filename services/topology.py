@@ -144,7 +144,7 @@ async def _build_on_ray(config: RunConfig, phase: Phase, own_cluster: bool) -> T
         for stop_one in stop:
             stop_one()
         raise
-    fleet, learner = RayFleet(rollout_workers), RayLearner(rank_workers)
+    fleet, learner = RayFleet(rollout_workers), RayLearner(rank_workers, deltas=config.learner.publish == "delta")
     over_http = config.reward_service.transport == "http"
     reached = _http_scorer(config, service) if over_http else service
     light = [reward for reward in config.rewards if reward not in _served(config)]

@@ -75,6 +75,8 @@ class Worker:
         return self._engine.precision_report  # type: ignore[union-attr]
 
     def pull(self, snapshot: WeightSnapshot, slot: WeightSlot) -> Pulled:
+        if snapshot.kind == "delta":
+            self._check_pulled(slot)
         report = self._engine.pull(snapshot, slot)  # type: ignore[union-attr]
         self._pulled.add(slot)
         return report

@@ -15,7 +15,7 @@ from torch import nn
 
 from raylign.models.adapters import LoraSettings, attach_lora, fold_lora, lora_shapes
 from raylign.types import WeightVersion
-from raylign.weights import WeightSnapshot, make_snapshot, verify_snapshot
+from raylign.weights import WeightSnapshot, make_snapshot, view_snapshot
 
 Tuning = Literal["lora", "full"]
 
@@ -70,7 +70,7 @@ class TunedWeights:
         shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         if self._fold:
             shapes |= lora_shapes(self._network, self._lora, self._targets)
-        tensors = verify_snapshot(snapshot, shapes)
+        tensors = view_snapshot(snapshot, shapes)
         self._set(tensors, snapshot.lora_scale)
 
     def _set(self, tensors: Mapping[str, torch.Tensor], scale: float) -> None:

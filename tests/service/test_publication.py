@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from raylign.weight_delta import apply_delta, worthwhile_delta
 from raylign.weights import WeightSnapshot, make_snapshot, view_snapshot
 from services.process import local_cluster
 from services.ray_learner import Publication, RayLearner
+from tests.service import command_line as cli
 
 SIZE = 100_000
 
@@ -99,3 +101,16 @@ def test_actors_follow_by_deltas_newcomers_by_the_whole_and_large_changes_travel
         assert max(sizes[1:3]) < 1000
 
     asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def test_a_run_that_publishes_changes_ends_with_the_same_weights(tmp_path: Path) -> None:
+    hashes: list[str] = []
+    for publish in ("whole", "delta"):
+        folder = tmp_path / publish
+        folder.mkdir()
+        config = cli.write_config(folder, 2)
+        options = ["--learner.publish", publish, "--placement", "separate", "--learner.lr", "1e-6"]
+        code, output = cli.run(["train", str(config), "--run-dir", str(folder / "run"), *options], folder)
+        assert code == 0, output
+        hashes.append(cli.summary(folder / "run")["weights_sha256"])
+    assert hashes[0] == hashes[1]
