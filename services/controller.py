@@ -29,6 +29,7 @@ from rollout.prompts import GroupTask, PromptStream
 from services.config import RunConfig
 from services.exploration import explored_group
 from services.parity import parity_gap
+from services.pull_metrics import pull_metrics
 from services.roles import Fleet, LearnerRole, Scorer
 from services.scoring import score_groups
 from services.step_metrics import failed_samples, over_updates, step_metrics
@@ -87,6 +88,7 @@ class Controller:
         self._refused = 0
         self._mid_step = False
         self._parity: dict[str, float] = {}
+        self._pulled: dict[str, float] = {}
         self.stop = asyncio.Event()
         self.step = 0
         """Last completed step."""
@@ -284,7 +286,7 @@ class Controller:
         with _timed(self._timeline, "publish"):
             snapshot = await self._learner.publish(version, "rollout")
         with _timed(self._timeline, "pull"):
-            await self._fleet.pull(snapshot, "rollout")
+            self._pulled = pull_metrics(await self._fleet.pull(snapshot, "rollout"))
 
     async def _check_parity(self, version: WeightVersion) -> None:
         """The parity gate: every actor and the learner predict alike, or the run stops before it trains on the gap."""
@@ -302,7 +304,7 @@ class Controller:
 
     def _log(self, step: int, metrics: Mapping[str, float], groups: Sequence[RolloutGroup], seconds: float) -> None:
         phases = self._timeline.drain()
-        everything = step_metrics(groups, step, phases, seconds) | dict(metrics) | self._parity
+        everything = step_metrics(groups, step, phases, seconds) | dict(metrics) | self._parity | self._pulled
         self._observer.stepped(step, everything, groups)
 
 

@@ -240,6 +240,8 @@ async def _train(run: _Run, topology: Topology, started_s: float) -> None:
         observer,
         save,
     )
+    for slot, computed in (await topology.fleet.precision_report()).items():
+        run.console.note(f"{slot} network: {computed}")
     run.console.begin(config.num_steps, start_step, config.held_out_metrics)
     train_started_s = time.monotonic()
     try:
