@@ -87,8 +87,9 @@ def floor(runs: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> dic
     """
     plain, pool = (_phases(runs, arm) for arm in ("plain_24", "plain_24_of_96"))
     drawn = GROUPS * options.pool
-    forward_s = pool["busy/sample_s"] / (drawn * STEPS)
-    decode_s, reward_s = pool["busy/decode_s"] / drawn, pool["busy/reward_s"] / drawn
+    forward_s, decode_s = pool["busy/sample_s"] / (drawn * STEPS), pool["busy/decode_s"] / drawn
+    # Rewards of several groups are waited for at once, so their busy seconds overlap; the wall knows what they add.
+    reward_s = max(0.0, pool["time/rollout_s"] - pool["busy/sample_s"] - pool["busy/decode_s"]) / drawn
     plain_s = statistics.median(run["step_s"] for run in runs if run["arm"] == "plain_24")
     rollout_s = GROUPS * GROUP * (STEPS * forward_s + decode_s + reward_s)
     draft_s = drawn * (options.draft_steps * forward_s + decode_s + reward_s)
