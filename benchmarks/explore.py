@@ -13,8 +13,8 @@ model, on the same prompts, 24 pictures per prompt trained on each time:
 Reported apart, as the paper does (Sol-RL, 2604.06916): what a step costs, how many steps the wanted held-out reward
 takes, and their product, the time to reach it. Beside them stands the floor: the time of a step if drafts, selection
 and dispatch cost nothing but their forwards, decodes and rewards, from the phases measured in the same runs, and the
-number of steps that exploring would have to save for a given ratio. Arms run in turns, seed by seed, one at a time, in
-`--threads` threads, on a machine that should be idle. REPORT.json, .md and .png are written; runs that lie in `--out`
+number of steps that exploring would have to save for a given ratio. Every run takes one thread; `--jobs` of them go at
+a time, seed by seed, on a machine that should be idle otherwise. REPORT.json, .md and .png are written; runs that lie in `--out`
 are not repeated.
 """
 
@@ -28,6 +28,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -204,21 +205,18 @@ def main() -> None:
     """Parse the arguments, run, write the report, print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1")
-    parser.add_argument("--steps", type=int, default=12, help="learner steps per run")
+    parser.add_argument("--steps", type=int, default=10, help="learner steps per run")
     parser.add_argument("--every", type=int, default=2, help="steps between evaluations")
     parser.add_argument("--pool", type=int, default=POOL, help="candidates per prompt (N)")
-    parser.add_argument("--draft-steps", type=int, default=3, help="denoising steps of a draft (T), of 10")
-    parser.add_argument("--threads", type=int, default=2, help="compute threads of a run")
+    parser.add_argument("--draft-steps", type=int, default=5, help="denoising steps of a draft (T), of 10")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/explore"), help="where the runs are kept")
     parser.add_argument("--report", type=Path, default=None, help="write REPORT.json, .md and .png")
     parser.add_argument("--hardware", default=f"{os.cpu_count()} CPUs", help="what it runs on, in words")
     options = parser.parse_args()
-    threads = ["--rollout.num_threads", str(options.threads), "--learner.num_threads", str(options.threads)]
-    runs = [
-        train(arm, seed, [*changes, *threads], options)
-        for seed in range(options.seeds)
-        for arm, changes in arms(options).items()
-    ]
+    jobs = [(arm, seed, changes) for seed in range(options.seeds) for arm, changes in arms(options).items()]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        runs = list(pool.map(lambda job: train(*job, options), jobs))
     data = {
         "command": "python " + shlex.join(["benchmarks/explore.py", *sys.argv[1:]]),
         "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
