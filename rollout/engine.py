@@ -19,7 +19,7 @@ from raylign.errors import ConfigError, WeightError
 from raylign.models.base import DenoisingPolicy
 from raylign.models.tokens import TokenPolicy
 from raylign.precision.shadow import Shadow
-from raylign.types import Rollout, RolloutGroup, RolloutStatus, SampleKey, WeightVersion
+from raylign.types import LatentTrajectory, Rollout, RolloutGroup, RolloutStatus, SampleKey, WeightVersion
 from raylign.weight_delta import apply_delta
 from raylign.weights import WeightSnapshot
 from rollout.drawn import (
@@ -152,6 +152,14 @@ class RolloutEngine(Generic[PolicyT]):
         return self._snapshots[slot].version
 
 
+def outputs_only(group: RolloutGroup) -> RolloutGroup:
+    """Drafts as they travel: nothing trains on them, so latents and embeddings, often megabytes, stay behind."""
+    trajectory = group.trajectory
+    if isinstance(trajectory, LatentTrajectory):
+        trajectory = replace(trajectory, final_GCHW=trajectory.final_GCHW.new_empty((group.group_size, 0, 0, 0)))
+    return replace(group, trajectory=trajectory, conditioning=None)
+
+
 def join_parts(parts: Sequence[RolloutGroup]) -> RolloutGroup:
     """One group from parts that hold consecutive siblings of the same prompt."""
     first = parts[0]
@@ -249,5 +257,6 @@ __all__ = [
     "chunk_requests",
     "denoise",
     "join_parts",
+    "outputs_only",
     "unmask",
 ]

@@ -17,7 +17,7 @@ from raylign.errors import RaylignError
 from raylign.types import RolloutGroup, WeightVersion
 from raylign.weights import WeightSnapshot
 from rollout.drawn import WEIGHTS_OF, Pulled, Slot
-from rollout.engine import ChunkRequest, Probe, RolloutEngine, WeightSlot
+from rollout.engine import ChunkRequest, Probe, RolloutEngine, WeightSlot, outputs_only
 from services.assembly import build_engine, build_learner
 from services.config import RunConfig
 from services.ray_errors import NotPulledError
@@ -65,7 +65,8 @@ class Worker:
     # Rollout
     def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
         self._check_pulled(WEIGHTS_OF[request.slot])
-        return self._engine.generate(request)  # type: ignore[union-attr]  # called on rollout workers only
+        groups: list[RolloutGroup] = self._engine.generate(request)  # type: ignore[union-attr]  # rollout workers only
+        return [outputs_only(group) for group in groups] if request.slot == "draft" else groups
 
     def probe(self, text: str, slot: Slot) -> Probe:
         self._check_pulled(WEIGHTS_OF[slot])
