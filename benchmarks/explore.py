@@ -14,8 +14,8 @@ Reported apart, as the paper does (Sol-RL, 2604.06916): what a step costs, how m
 takes, and their product, the time to reach it. Beside them stands the floor: the time of a step if drafts, selection
 and dispatch cost nothing but their forwards, decodes and rewards, from the phases measured in the same runs, and the
 number of steps that exploring would have to save for a given ratio. Every run takes one thread; `--jobs` of them go at
-a time, seed by seed, on a machine that should be idle otherwise. REPORT.json, .md and .png are written; runs that lie in `--out`
-are not repeated.
+a time, seed by seed, on a machine that should be idle otherwise. REPORT.json, .md and .png are written; runs that lie
+in `--out` are not repeated.
 """
 
 from __future__ import annotations
@@ -216,7 +216,8 @@ def main() -> None:
     options = parser.parse_args()
     jobs = [(arm, seed, changes) for seed in range(options.seeds) for arm, changes in arms(options).items()]
     with ThreadPoolExecutor(options.jobs) as pool:
-        runs = list(pool.map(lambda job: train(*job, options), jobs))
+        started = [pool.submit(train, arm, seed, changes, options) for arm, seed, changes in jobs]
+        runs = [run.result() for run in started]
     data = {
         "command": "python " + shlex.join(["benchmarks/explore.py", *sys.argv[1:]]),
         "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
