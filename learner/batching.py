@@ -28,7 +28,7 @@ import torch
 from raylign.errors import ConfigError, NumericsError, ShapeError
 from raylign.models.base import Conditioning, join_conditioning
 from raylign.models.tokens import TokenPrompts, join_prompts
-from raylign.types import Advantage, Needs, RolloutGroup, SampleKey, TokenTrajectory
+from raylign.types import Advantage, Needs, RolloutGroup, SampleKey, TokenTrajectory, WeightVersion
 
 T = TypeVar("T")
 ABSENT = -1
@@ -48,6 +48,7 @@ class MicroBatch:
 
     item_N: index into the sampler's steps, on the CPU. valid_N: False for rows that only keep a chunk's shape.
     epoch: how often the step's samples were gone over before. reward_N: the mixed reward, 0 where there is none.
+    age_N: int64 on the CPU, versions between the weights that drew each picture and those the step began with.
     rows: where each picture stands among the step's groups, and `place` which of its items this is. on_policy: the
     weights have not changed since the step began. states_NS1CHW and rollout_logprob_NS are there when the algorithm
     needs STEPS and LOGPROBS, settled_NF (fp64) when it surveys.
@@ -61,6 +62,7 @@ class MicroBatch:
     conditioning: Conditioning
     final_NCHW: torch.Tensor
     reward_N: torch.Tensor
+    age_N: torch.Tensor
     rows: tuple[Row, ...] = ()
     place: int = 0
     on_policy: bool = True
@@ -162,6 +164,7 @@ class StepData:
 
     items: (G, K) int64 per group, the same K for all; ABSENT where a sample has fewer.
     shares: (G,) per group, what each sample counts in the loss's denominator.
+    version: of the weights that the step begins with; None takes every sample as drawn with them.
     """
 
     groups: Sequence[RolloutGroup]
@@ -169,6 +172,7 @@ class StepData:
     items: Sequence[torch.Tensor]
     shares: Sequence[torch.Tensor]
     needs: Needs
+    version: WeightVersion | None = None
 
     def is_valid(self, row: Row) -> bool:
         return bool(self.advantages[row.group].valid_G[row.sibling])
@@ -200,6 +204,11 @@ class StepData:
         """What a sample counts in the denominator."""
         return float(self.shares[row.group][row.sibling])
 
+    def age(self, row: Row) -> int:
+        """How many versions older than the step's a sample's weights were."""
+        drawn = self.groups[row.group].rollouts[row.sibling].min_version
+        return 0 if self.version is None else self.version - drawn
+
     def gather(self, rows: Sequence[Row], epoch: int) -> Any:
         """The rows as one batch, item_N still 0. Raises NumericsError naming a valid sample that is not finite."""
         keys = tuple(self.groups[row.group].rollouts[row.sibling].key for row in rows)
@@ -224,6 +233,7 @@ class StepData:
             conditioning=join_conditioning([one for one in told if isinstance(one, Conditioning)]),
             final_NCHW=torch.stack([self._row(row, "final_GCHW") for row in rows]),
             reward_N=torch.tensor([self.reward(row) for row in rows]),
+            age_N=torch.tensor([self.age(row) for row in rows]),
             rows=tuple(rows),
             states_NS1CHW=states,
             rollout_logprob_NS=logprobs,

@@ -155,7 +155,7 @@ class Learner:
         items = [torch.nn.functional.pad(one, (0, most - one.shape[1]), value=ABSENT) for one in items]
         shares = [self.algorithm.shares(group) for group in groups]
         self._batches = cut(
-            StepData(groups, advantages, items, shares, self.algorithm.needs),
+            StepData(groups, advantages, items, shares, self.algorithm.needs, version=step - 1),
             num_epochs=self.config.epochs_per_step,
             num_updates=self.config.updates_per_step,
             rank=self._ranks.rank,

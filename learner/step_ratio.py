@@ -14,6 +14,7 @@ import torch
 from learner.batching import MicroBatch
 from learner.losses import KlSpace, gaussian_kl, norm_ratio, reference_kl
 from learner.policies import PolicySet
+from learner.token_losses import importance_weights
 from raylign.errors import ShapeError
 from raylign.keys import generator
 from raylign.samplers import Sampler
@@ -33,7 +34,8 @@ class Guess:
 class StepScores:
     """A step under the learner, with gradient, and under the relatives that are needed, without.
 
-    Log-probs (N,) are of the recorded next state; `rollout_logprob_N` is the recorded one. delta_sigma < 0.
+    Log-probs (N,) are of the recorded next state; `rollout_logprob_N` is the recorded one. delta_sigma < 0. The old
+    policy is that of the learner step's beginning.
     """
 
     learner: Guess
@@ -42,6 +44,7 @@ class StepScores:
     delta_sigma: float
     ref: Guess | None = None
     old: Guess | None = None
+    old_logprob_N: torch.Tensor | None = None
 
     def kl(self, space: KlSpace) -> torch.Tensor:
         """Distance of the learner's step to the reference's, (N,). Raises ShapeError without a reference."""
@@ -64,6 +67,21 @@ class StepScores:
         """KL of the learner's step to the old policy's, a mean over dims, (N,). Raises ShapeError without one."""
         old = _need(self.old, "old").transition
         return gaussian_kl(self.learner.transition.mean_BCHW, old.mean_BCHW, old.std_B)
+
+    def need_old_logprob(self) -> torch.Tensor:
+        """The log-prob of the old policy. Raises ShapeError without one."""
+        _need(self.old, "old")
+        assert self.old_logprob_N is not None
+        return self.old_logprob_N
+
+    def age_weight(self, cap: float) -> torch.Tensor:
+        """How much likelier the old policy finds the step than the policy that drew it, up to `cap`, (N,): exactly 1
+        where they are one. Raises ShapeError without an old policy."""
+        return importance_weights(self.need_old_logprob(), self.rollout_logprob_N, cap)
+
+    def away(self) -> torch.Tensor:
+        """How far the learner's policy is from the one that drew the step, |rho - 1| of their ratio, (N,)."""
+        return torch.exp(self.learner_logprob_N.detach() - self.rollout_logprob_N).sub(1).abs()
 
 
 def score_step(
@@ -92,10 +110,12 @@ def score_step(
     moved = Needs.OLD in needs and not batch.on_policy
     old = guess(policies.velocity_of("old", *inputs)) if moved else None
     learner = guess(policies.velocity(*inputs))
-    if Needs.OLD in needs and old is None:
-        old = guess(learner.velocity_NCHW.detach())
     logprob_N = learner.transition.logprob(next_state)
-    return StepScores(learner, logprob_N, batch.rollout_logprob_NS[:, step], following - sigma, ref, old)
+    old_logprob_N = None if old is None else old.transition.logprob(next_state)
+    if Needs.OLD in needs and old is None:
+        old, old_logprob_N = guess(learner.velocity_NCHW.detach()), logprob_N.detach()
+    rollout_logprob_N = batch.rollout_logprob_NS[:, step]
+    return StepScores(learner, logprob_N, rollout_logprob_N, following - sigma, ref, old, old_logprob_N)
 
 
 def trainable_steps(trajectory: LatentTrajectory, sampler: Sampler, num_usable: int) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from learner.ages import AGES, bucket_means
 from learner.parallel import RankGroup
 
 MAX_SUFFIX = "_max"
@@ -14,6 +15,7 @@ MAX_SUFFIX = "_max"
 class MetricTally:
     """Sums of per-item values (and maxima of those named `*_max`), over valid items only.
 
+    What is told by age (`learner.ages`) becomes the mean over the items of its bucket.
     Every rank must be given the same names, whether or not it had items: ranks reduce by position.
     """
 
@@ -29,11 +31,13 @@ class MetricTally:
         self._maxima = torch.maximum(self._maxima, valid.amax(dim=1))
 
     def reduce(self, ranks: RankGroup, num_items: int) -> dict[str, float]:
-        """Means over `num_items` items of all ranks, or maxima; the same on every rank."""
+        """Means over `num_items` items of all ranks or over those of a bucket, or maxima; the same on every rank."""
         ranks.sum_(self._sums)
         ranks.max_(self._maxima)
         means, maxima = (self._sums / num_items).tolist(), self._maxima.tolist()
-        return {
+        reduced = {
             name: maximum if name.endswith(MAX_SUFFIX) else mean
             for name, mean, maximum in zip(self._names, means, maxima, strict=True)
+            if name.rpartition("/")[2] not in AGES
         }
+        return reduced | bucket_means(dict(zip(self._names, self._sums.tolist(), strict=True)))

@@ -53,6 +53,12 @@ class DdpoConfig(StepAlgorithmConfig):
         return self.clip_range if self.variant == "ppo" else None
 
     def check_updates(self, max_staleness: int, num_updates: int) -> None:
+        super().check_updates(max_staleness, num_updates)
+        if self.variant == "reinforce" and max_staleness > 0 and self.staleness_correction == "clip":
+            raise ConfigError(
+                f"{self.name} with variant = 'reinforce' has no ratio to clip, so samples of max_staleness = "
+                f"{max_staleness} would not be corrected; set algorithm.staleness_correction = 'decoupled'"
+            )
         if self.variant == "reinforce" and num_updates > 1:
             raise ConfigError(
                 f"{self.name} with variant = 'reinforce' weighs no sample by its ratio, so only the first of "

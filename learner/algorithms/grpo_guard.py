@@ -10,8 +10,9 @@ std = S_t sqrt(-dt) is the noise that the step adds. The code takes batch means 
 micro-batch are at one step, so they are the same numbers.
 
 Deviation: the code stores mu_old of every step, as large as the states. Here mu_old is what the policy of the learner
-step's beginning says, which is the rollouts' (`max_staleness` above 0 is refused): one more forward per trained step,
-without gradient, from a learner step's second update on.
+step's beginning says: one more forward per trained step, without gradient, from a learner step's second update on. At
+`max_staleness` 0 that is the rollouts' policy; above it, `staleness_correction = "decoupled"` takes the ratio to that
+policy as well, and nothing else will do.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ class GrpoGuardConfig(StepAlgorithmConfig):
         return super().needs | Needs.OLD
 
     def check_updates(self, max_staleness: int, num_updates: int) -> None:
-        if max_staleness > 0:
+        if max_staleness > 0 and self.staleness_correction != "decoupled":
             raise ConfigError(
                 f"{self.name} removes the bias of moving away from the policy of the learner step's beginning, and "
-                f"with max_staleness = {max_staleness} samples are older policies'; set it to 0, or take "
-                "algorithm.type = 'flow_grpo'"
+                f"with max_staleness = {max_staleness} samples are older policies'; set it to 0, or "
+                "algorithm.staleness_correction = 'decoupled', or take algorithm.type = 'flow_grpo'"
             )
 
     def check_sampler(self, sampler: ImageSamplerConfig) -> None:
@@ -66,7 +67,7 @@ class GrpoGuard(StepAlgorithm):
     def policy_loss(self, scores: StepScores, adv_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return guarded_policy_loss(
             scores.learner_logprob_N,
-            scores.rollout_logprob_N,
+            self.denominator(scores),
             adv_N,
             self.config.clip_range,
             scores.drift(),

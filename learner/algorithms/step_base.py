@@ -2,17 +2,26 @@
 
 An algorithm file holds its paper's configuration and, where it is not PPO's clipped ratio, its `policy_loss`; the steps
 are scored by `learner.step_ratio`, the arithmetic is in `learner.losses` and `learner.advantages`.
+
+Samples of an asynchronous run are older than the step's weights, theta_0. With mu the policy that drew them,
+
+    "clip"       rho = pi / mu             L = max(-A rho, -A clip(rho, 1 ± eps))             PPO's, as on policy
+    "decoupled"  rho = pi / pi_theta_0     L = min(cap, pi_theta_0 / mu) max(-A rho, …)       2110.00641, 2505.24298
+
+The first corrects as much, but it clips about mu: steps that theta_0 left behind by more than eps have no gradient
+from the start. The second clips about theta_0. At age 0 mu is theta_0, and they are one loss, bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from learner.advantages import STD_EPS, credit_groups
+from learner.ages import by_age, names_by_age
 from learner.algorithms.base import (
     ImageAlgorithmConfig,
     ItemLosses,
@@ -54,6 +63,12 @@ class StepAlgorithmConfig(ImageAlgorithmConfig):
     num_train_steps: int | None = Field(default=None, ge=1)
     """Sampler steps trained, a random subset of those that can be, drawn anew each learner step and shared by all
     samples; all of them when not given."""
+    staleness_correction: Literal["clip", "decoupled"] | None = None
+    """What is done about samples that are older than the step's weights; must be said where max_staleness is above 0.
+    clip: nothing beside the clipped ratio to the policy that drew them. decoupled: clip about the policy of the step's
+    beginning, and weigh by its ratio to the one that drew them."""
+    weight_cap: float = Field(default=2.0, ge=1)
+    """Largest of those weights (truncated importance sampling)."""
 
     @property
     def name(self) -> str:
@@ -62,7 +77,10 @@ class StepAlgorithmConfig(ImageAlgorithmConfig):
 
     @property
     def needs(self) -> Needs:
-        return Needs.STEPS | Needs.LOGPROBS | Needs.CHUNKS | (Needs.REFERENCE if self.kl_weight > 0 else Needs(0))
+        needs = Needs.STEPS | Needs.LOGPROBS | Needs.CHUNKS
+        if self.staleness_correction == "decoupled":
+            needs |= Needs.OLD
+        return needs | Needs.REFERENCE if self.kl_weight > 0 else needs
 
     @property
     def smallest_clip(self) -> float | None:
@@ -76,6 +94,15 @@ class StepAlgorithmConfig(ImageAlgorithmConfig):
     def num_trained(self, num_trainable: int) -> int:
         """How many of the steps that can be trained in one learner step are."""
         return num_trainable if self.num_train_steps is None else self.num_train_steps
+
+    def check_updates(self, max_staleness: int, num_updates: int) -> None:
+        if max_staleness > 0 and self.staleness_correction is None:
+            raise ConfigError(
+                f"{self.name} weighs samples by policy ratios, and with max_staleness = {max_staleness} they come from "
+                "policies up to that many versions old; set algorithm.staleness_correction = 'decoupled' (clips about "
+                "the policy of the step's beginning) or 'clip' (about the one that drew them), or max_staleness = 0, "
+                "or take a method that needs no ratio to them: algorithm.type = 'nft', 'awm' or 'crd'"
+            )
 
     def check_sampler(self, sampler: ImageSamplerConfig) -> None:
         name, kind = (
@@ -129,6 +156,11 @@ class StepAlgorithm:
         self.metrics: tuple[str, ...] = ("loss/policy", "ratio/mean", "ratio/deviation_max", "ratio/clip_fraction")
         if config.kl_weight > 0:
             self.metrics += ("loss/kl", "velocity/norm_ratio")
+        self._decoupled = config.staleness_correction == "decoupled"
+        if config.staleness_correction is not None:
+            self.metrics += ("behaviour/deviation", *names_by_age(("behaviour/deviation", "ratio/clip_fraction")))
+        if self._decoupled:
+            self.metrics += ("behaviour/weight", "behaviour/weight_max")
 
     @property
     def needs(self) -> Needs:
@@ -157,7 +189,11 @@ class StepAlgorithm:
 
     def policy_loss(self, scores: StepScores, adv_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of each item, with gradient, and the ratio it is made of: both (N,)."""
-        return clipped_policy_loss(scores.learner_logprob_N, scores.rollout_logprob_N, adv_N, self.config.clip_range)
+        return clipped_policy_loss(scores.learner_logprob_N, self.denominator(scores), adv_N, self.config.clip_range)
+
+    def denominator(self, scores: StepScores) -> torch.Tensor:
+        """The log-prob that the learner's is compared with, (N,)."""
+        return scores.need_old_logprob() if self._decoupled else scores.rollout_logprob_N
 
     def loss(self, policies: PolicySet, batch: MicroBatch) -> ItemLosses:
         config = self.config
@@ -170,6 +206,14 @@ class StepAlgorithm:
             "ratio/deviation_max": deviation_N,
             "ratio/clip_fraction": (deviation_N > config.clip_range).float(),
         }
+        if self._decoupled:
+            weight_N = scores.age_weight(config.weight_cap)
+            loss_N = weight_N * loss_N
+            metrics |= {"loss/policy": loss_N, "behaviour/weight": weight_N, "behaviour/weight_max": weight_N}
+        if config.staleness_correction is not None:
+            metrics["behaviour/deviation"] = scores.away()
+            told = {name: metrics[name].detach() for name in ("behaviour/deviation", "ratio/clip_fraction")}
+            metrics |= by_age(told, batch.age_N)
         if config.kl_weight > 0:
             kl_N = scores.kl(config.kl_space)
             loss_N = loss_N + config.kl_weight * kl_N

@@ -105,14 +105,23 @@ def test_a_group_must_hold_the_siblings_that_are_chosen_from_it() -> None:
 
 def test_samples_and_updates_that_a_method_has_no_means_against_are_refused() -> None:
     assert run({"type": "grpo_guard"}, SDE, learner={"updates_per_step": 2})
-    assert run({"type": "flow_grpo"}, SDE, max_staleness=1)
-    with pytest.raises(ValueError, match=r"max_staleness = 1 samples are older policies'; set it to 0"):
-        run({"type": "grpo_guard"}, SDE, max_staleness=1)
+    with pytest.raises(
+        ValueError, match=r"staleness_correction = 'decoupled' .*algorithm.type = 'nft', 'awm' or 'crd'"
+    ):
+        run({"type": "flow_grpo"}, SDE, max_staleness=1)
+    assert run({"type": "flow_grpo", "staleness_correction": "clip"}, SDE, max_staleness=1)
+    for plain in ({"type": "grpo_guard"}, {"type": "grpo_guard", "staleness_correction": "clip"}):
+        with pytest.raises(ValueError, match=r"max_staleness = 1 samples are older policies'; set it to 0"):
+            run(plain, SDE, max_staleness=1)
+    assert run({"type": "grpo_guard", "staleness_correction": "decoupled"}, SDE, max_staleness=1)
     reinforce = {"type": "ddpo", "variant": "reinforce"}
     assert run(reinforce, {"type": "gddim"})
     for learner in ({"updates_per_step": 2}, {"epochs_per_step": 2}):
         with pytest.raises(ValueError, match=r"only the first of 2 updates per step is on policy"):
             run(reinforce, {"type": "gddim"}, learner=learner)
+    with pytest.raises(ValueError, match=r"'reinforce' has no ratio to clip.*staleness_correction = 'decoupled'"):
+        run(reinforce | {"staleness_correction": "clip"}, {"type": "gddim"}, max_staleness=1)
+    assert run(reinforce | {"staleness_correction": "decoupled"}, {"type": "gddim"}, max_staleness=1)
 
 
 @pytest.mark.parametrize(
