@@ -35,11 +35,13 @@ from rewards.ocr import OcrConfig
 from rollout.datasets import PromptFields
 from rollout.drawn import AS_CONFIGURED, EvalPoint
 from rollout.explore import ExploreConfig
+from services.async_checks import check_async
 from services.explore_checks import check_exploration
 from services.image_checks import check_image_run
 from services.parity import FORMAT_GAPS
 from services.precision_checks import check_precision
 from services.reward_config import ServiceConfig
+from services.staleness import AsyncGuardConfig
 from services.text_checks import check_text_run
 
 Placement = Literal["in_process", "colocated", "separate"]
@@ -151,6 +153,7 @@ class RunConfig(Config):
     reward_service: RunServiceConfig = RunServiceConfig()
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
+    async_guard: AsyncGuardConfig = AsyncGuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -253,6 +256,8 @@ class RunConfig(Config):
             raise ValueError(
                 "every reward is only_eval, so there is nothing to train on; add a [[rewards]] table without it"
             )
+        kl_weight = float(getattr(self.algorithm, "kl_weight", 0.0))
+        check_async(self.async_guard, self.max_staleness, self.algorithm.type, kl_weight)
         self.reward_service.check_per_reward([reward.name for reward in self.rewards])
         if self.placement == "in_process" and self.reward_service.transport == "http":
             raise ValueError("in_process scores in its own process; reward_service.transport = 'http' needs a cluster")

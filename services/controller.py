@@ -9,12 +9,16 @@
                 hand-off is over (old weights are out before they change), optimises, spawns the next hand_off.
     hand_off    publishes, lets the actors pull, evaluates if due, and only then releases the P tickets.
 
+An asynchronous run that leaves a band of its guard (`services.staleness`) trains what was admitted, admits nothing else
+meanwhile, and goes on with as few tickets as a synchronous one.
+
 A dead background task ends the run by name: all of them live in one TaskGroup.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +36,8 @@ from services.parity import parity_gap
 from services.pull_metrics import pull_metrics
 from services.roles import Fleet, LearnerRole, Scorer
 from services.scoring import score_groups
-from services.step_metrics import failed_samples, over_updates, step_metrics
+from services.staleness import StalenessGuard
+from services.step_metrics import failed_samples, over_updates, staleness_metrics, step_metrics
 
 
 class Observer(Protocol):
@@ -89,6 +94,10 @@ class Controller:
         self._mid_step = False
         self._parity: dict[str, float] = {}
         self._pulled: dict[str, float] = {}
+        self._events: list[str] = []
+        self._old_until = 0
+        self.guard = StalenessGuard(config.async_guard, config.max_staleness)
+        """Its state belongs into checkpoints, and is restored before `run`."""
         self.stop = asyncio.Event()
         self.step = 0
         """Last completed step."""
@@ -100,6 +109,7 @@ class Controller:
         self._buffer = TicketBuffer[RolloutGroup](
             config.groups_per_step, config.max_staleness, start_step * config.groups_per_step
         )
+        await self._buffer.limit(self.guard.limit)
         await self._publish(start_step)
         await self._check_parity(start_step)
         if start_step == 0:
@@ -195,11 +205,13 @@ class Controller:
             if groups is None:
                 break
             self._timeline.add("rollout", time.perf_counter() - started_s)
-            check_age(groups, step - 1, config.max_staleness)
+            check_age(groups, step - 1, config.max_staleness if step <= self._old_until else self.guard.limit)
             self._check_failures(groups, f"step {step}")
             metrics = await self._train(groups, step, hand_off)
+            changed = self.guard.after_step(metrics | staleness_metrics(groups, step - 1))
+            await self._follow_guard(changed)
             hand_off = self._spawn(self._hand_off(step), f"hand-off of version {step}")
-            if config.max_staleness == 0:
+            if self.guard.limit == 0:
                 await hand_off
             self._log(step, metrics, groups, time.perf_counter() - started_s)
             if step % config.checkpoint.every_steps == 0 and step < config.num_steps:
@@ -277,7 +289,7 @@ class Controller:
 
     async def _hand_off(self, version: WeightVersion) -> None:
         await self._publish(version)
-        if version % self._config.rollout.parity_every_steps == 0:
+        if version % self._config.rollout.parity_every_steps == 0 or self.guard.wants_parity(version):
             await self._check_parity(version)
         await self._evaluate_if_due(version)
         await self._buffer.release(self._config.groups_per_step)
@@ -289,12 +301,36 @@ class Controller:
             self._pulled = pull_metrics(await self._fleet.pull(snapshot, "rollout"))
 
     async def _check_parity(self, version: WeightVersion) -> None:
-        """The parity gate: every actor and the learner predict alike, or the run stops before it trains on the gap."""
+        """The parity gate: every actor and the learner predict alike, or the run stops before it trains on the gap.
+
+        With groups of later steps admitted already it trains those, draws no other, and stops if the gap stays.
+        """
+
+        def gap(tolerance: float) -> float:
+            return max(parity_gap(probe, answer, tolerance) for probe in probes)
+
         with _timed(self._timeline, "parity"):
             probes = await self._fleet.probe_all(self._prompts.prompts[0].text)
             answer = await self._learner.predict(probes[0])
-            gaps = [parity_gap(probe, answer, self._config.parity_tolerance) for probe in probes]
-        self._parity = {"parity/gap": max(gaps)}
+            try:
+                self._parity = {"parity/gap": gap(self._config.parity_tolerance)}
+            except NumericsError as error:
+                if not self.guard.forgives_gap(version, self._buffer.last_step):
+                    raise
+                try:
+                    self._parity = {"parity/gap": gap(sys.float_info.max)}
+                except NumericsError:  # not finite, which no waiting mends
+                    raise error from None
+                await self._follow_guard(self.guard.gap(self._buffer.last_step))
+
+    async def _follow_guard(self, changed: str | None) -> None:
+        """Let the buffer admit as the guard now allows; `changed` names why, if something did."""
+        if changed is None:
+            return
+        self._events.append(changed)
+        if self.guard.limit == 0:
+            self._old_until = self._buffer.last_step
+        await self._buffer.limit(self.guard.limit)
 
     async def _evaluate_if_due(self, version: WeightVersion) -> None:
         last = version == self._config.num_steps
@@ -305,6 +341,8 @@ class Controller:
     def _log(self, step: int, metrics: Mapping[str, float], groups: Sequence[RolloutGroup], seconds: float) -> None:
         phases = self._timeline.drain()
         everything = step_metrics(groups, step, phases, seconds) | dict(metrics) | self._parity | self._pulled
+        everything |= self.guard.metrics(self._events)
+        self._events.clear()
         self._observer.stepped(step, everything, groups)
 
 

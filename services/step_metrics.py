@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from learner.ages import AGES, bucket
 from raylign.types import Exploration, RolloutGroup, RolloutStatus, StepResult, TokenTrajectory, WeightVersion
 from rollout.rank_agreement import kendall, recall, spearman
 
@@ -37,11 +38,20 @@ def step_metrics(
     metrics["time/other_s"] = max(0.0, seconds - accounted)
     num_samples = sum(group.group_size for group in groups)
     metrics["throughput/samples_per_s"] = num_samples / max(seconds - phases.get("evaluate", 0.0), 1e-9)
-    metrics["staleness/max"] = max(version - 1 - group.min_version for group in groups)
+    metrics |= staleness_metrics(groups, version - 1)
     for status in RolloutStatus:
         if status is not RolloutStatus.OK:
             metrics[f"failed/{status}"] = sum(r.status is status for g in groups for r in g.rollouts)
     return metrics
+
+
+def staleness_metrics(groups: Sequence[RolloutGroup], newest: WeightVersion) -> dict[str, float]:
+    """How many versions older than `newest` the weights were that drew each sample: mean, greatest, and how many
+    samples there are of each age, `samples/age_0` and on (the last of `learner.ages.AGES` is open); no empty ones."""
+    ages = [newest - rollout.min_version for group in groups for rollout in group.rollouts]
+    counts = Counter(bucket(age) for age in ages)
+    histogram = {f"samples/{age}": float(counts[age]) for age in AGES if counts[age]}
+    return {"staleness/mean": statistics.fmean(ages), "staleness/max": max(ages), **histogram}
 
 
 def over_updates(results: Sequence[StepResult]) -> dict[str, float]:
