@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from raylign.config import parse_config
 from raylign.errors import CheckpointError, ConfigError, NumericsError, RewardError, StalenessError
 from raylign.types import Prompt, RewardSample, RolloutGroup, RolloutStatus, StepResult
-from rollout.drawn import AS_CONFIGURED, EvalPoint
+from rollout.drawn import AS_CONFIGURED, EvalPoint, Probe
 from rollout.prompts import GroupTask, PromptStream
 from services.config import RunConfig
 from services.controller import Controller, check_age
@@ -332,3 +333,98 @@ def test_nothing_is_repeated_unless_asked_for() -> None:
 def test_a_stochasticity_that_cannot_be_drawn_is_refused_before_the_run(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config(RunConfig, settings, "test")
+
+
+class Watched(FakeLearner):
+    """A learner whose parity gap and metrics follow a plan by version and by step."""
+
+    def __init__(
+        self, gap: Callable[[int], float] = lambda version: 0.0, deviation: Callable[[int], float] = lambda step: 0.0
+    ) -> None:
+        super().__init__()
+        self._gap, self._deviation = gap, deviation
+        self.checked: list[int] = []
+
+    async def predict(self, probe: Probe) -> torch.Tensor:
+        self.checked.append(probe.version)
+        return probe.answer * (1 + self._gap(probe.version))
+
+    async def optimise(self, update: int) -> StepResult:
+        await super().optimise(update)
+        return StepResult({"loss": 1.0, "behaviour/deviation": self._deviation(len(self.trained))}, True)
+
+
+def _ages(run: Run) -> list[int]:
+    """The greatest age of each step's groups."""
+    return [max(step - group.min_version for group in groups) for step, groups in enumerate(run.learner.trained)]
+
+
+def _column(run: Run, name: str) -> list[float]:
+    return [metrics[name] for _, metrics in run.recorder.steps]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_leaving_the_ratio_band_makes_the_run_synchronous_without_losing_a_group(seed: int) -> None:
+    learner = Watched(deviation=lambda step: 0.5 if step == 4 else 0.0)
+    run = Run(learner=learner, seed=seed, num_steps=12, max_staleness=2).go()
+    assert [g.sequence for groups in learner.trained for g in groups] == list(range(36))
+    assert _column(run, "staleness/limit") == [2] * 3 + [0] * 9
+    assert _column(run, "failed/async_deviation") == [0] * 3 + [1] + [0] * 8
+    ages = _ages(run)
+    # What was admitted when step 4 was done reaches to step 6 (two steps beyond step 4's tickets, still out).
+    assert max(ages[:6]) > 0
+    assert ages[6:] == [0] * 6
+    assert _column(run, "staleness/max") == ages
+
+
+def test_the_run_is_asynchronous_again_after_good_steps() -> None:
+    learner = Watched(deviation=lambda step: 0.5 if step == 2 else 0.0)
+    settings = {"async_guard": {"return_after_steps": 3}}
+    run = Run(learner=learner, num_steps=20, max_staleness=2, settings=settings).go()
+    (back,) = [step for step, value in enumerate(_column(run, "async/returned"), 1) if value]
+    assert _ages(run)[back - 3 : back] == [0, 0, 0]
+    assert max(_ages(run)[back:]) == 2
+
+
+def test_a_parity_gap_that_goes_away_makes_an_asynchronous_run_synchronous() -> None:
+    learner = Watched(gap=lambda version: 0.5 if version == 3 else 0.0)
+    run = Run(learner=learner, num_steps=10, max_staleness=2, rollout={"parity_every_steps": 3}).go()
+    # Groups up to step 5 were admitted at version 3; the gap is measured again when those are trained on.
+    assert learner.checked == [0, 3, 5, 6, 9]
+    assert _ages(run)[5:] == [0] * 5
+    assert sum(_column(run, "failed/async_parity")) == 1
+    assert max(_column(run, "parity/gap")) == pytest.approx(1 / 3)
+    assert _column(run, "parity/gap")[-1] == 0
+    assert run.saved == [10]
+
+
+def test_a_parity_gap_that_stays_stops_the_run_and_nothing_is_drawn_meanwhile() -> None:
+    learner = Watched(gap=lambda version: 0.5 if version >= 3 else 0.0)
+    run = Run(learner=learner, num_steps=10, max_staleness=2, rollout={"parity_every_steps": 3})
+    with pytest.raises(ExceptionGroup) as raised:
+        run.go()
+    assert raised.group_contains(NumericsError, match="parity gate at version 5")
+    assert [request.tasks[0].sequence for request in run.fleet.requests if request.slot == "rollout"] == list(range(15))
+    assert run.saved == [5]
+
+
+@pytest.mark.parametrize(("gap", "parity"), [(0.5, False), (float("nan"), True), (float("inf"), True)])
+def test_a_parity_gap_stops_at_once_where_waiting_is_of_no_use(gap: float, parity: bool) -> None:
+    learner = Watched(gap=lambda version: gap if version >= 3 else 0.0)
+    settings = {"rollout": {"parity_every_steps": 3}, "async_guard": {"parity": parity}}
+    with pytest.raises(ExceptionGroup) as raised:
+        Run(learner=learner, num_steps=10, max_staleness=2, settings=settings).go()
+    assert raised.group_contains(NumericsError, match=r"parity gate at version 3.*tolerance 0.001")
+
+
+def test_a_run_that_fell_back_stays_synchronous_when_it_is_resumed() -> None:
+    run = Run(num_steps=8, max_staleness=2)
+    run.controller.guard.restore({"limit": 0, "num_good": 0, "recheck_at": 0})
+    run.go(start_step=2)
+    assert [g.min_version for groups in run.learner.trained for g in groups] == [v for v in range(2, 8) for _ in "abc"]
+
+
+def test_a_synchronous_run_says_nothing_of_its_guard() -> None:
+    _, metrics = Run(num_steps=1).go().recorder.steps[0]
+    assert not [name for name in metrics if name.startswith(("async/", "failed/async")) or name == "staleness/limit"]
+    assert (metrics["staleness/mean"], metrics["staleness/max"], metrics["samples/age_0"]) == (0, 0, 6)

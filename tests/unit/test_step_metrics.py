@@ -28,6 +28,7 @@ from services.step_metrics import (
     failed_samples,
     over_updates,
     reward_metrics,
+    staleness_metrics,
     step_metrics,
     text_metrics,
 )
@@ -54,11 +55,24 @@ def test_numeric_details_become_metrics() -> None:
 
 def test_a_step_reports_ages_failures_phases_and_speed() -> None:
     metrics = step_metrics([_group(1.0, None)], 6, {"rollout": 1.0, "evaluate": 2.0}, 4.0)
-    assert metrics["staleness/max"] == 1
+    assert (metrics["staleness/mean"], metrics["staleness/max"]) == (1, 1)
     assert metrics["failed/reward_failed"] == 1
     assert metrics["time/other_s"] == 1.0
     assert metrics["throughput/samples_per_s"] == 1.0
     assert (metrics["busy/sample_s"], metrics["busy/reward_s"]) == (0.5, 0.25)
+
+
+def test_ages_are_a_mean_a_maximum_and_a_histogram() -> None:
+    # Ages of samples at version 9: 0, 0, 1, 4, 5 and 7.
+    groups = [_group(1.0, 1.0, version=9), *(_group(1.0, version=version) for version in (8, 5, 4, 2))]
+    assert staleness_metrics(groups, 9) == {
+        "staleness/mean": 17 / 6,
+        "staleness/max": 7,
+        "samples/age_0": 2,
+        "samples/age_1": 1,
+        "samples/age_4": 1,
+        "samples/age_5_up": 2,
+    }
 
 
 def test_failures_are_counted_with_their_first_cause() -> None:
