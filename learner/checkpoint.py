@@ -5,7 +5,8 @@
                            learner.safetensors   the learner's tensors
 
 A reader never sees half a checkpoint: either the directory has its final name, and then every byte was synced
-before, or it does not exist. Hashes are checked on reading all the same. Nothing is pickled.
+before, or it does not exist. Hashes are checked on reading all the same, and one that was damaged later is not gone on
+from: `newest_good` passes over it, and retention does not count on it. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -34,11 +35,15 @@ TENSORS = "learner.safetensors"
 FORMAT = 1
 TensorWriter = Callable[[Path, Mapping[str, torch.Tensor]], None]
 _STEP = re.compile(r"step_(\d+)")
+_REMEDY = "`raylign resume` sets it aside and goes on from an earlier one"
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointManifest:
-    """What a checkpoint says about itself. `record` is what the run gave, step and configuration hash included."""
+    """What a checkpoint says about itself. `record` is what the run gave, step and configuration hash included.
+
+    sha256: identity of the whole checkpoint, as the hashes of its files are part of what is hashed.
+    """
 
     path: Path
     step: int
@@ -46,6 +51,7 @@ class CheckpointManifest:
     record: Mapping[str, JsonValue]
     values: Mapping[str, JsonValue]
     files: Mapping[str, str]
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,14 @@ class Checkpoint:
 
     manifest: CheckpointManifest
     state: LearnerState
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A checkpoint that is not as it was written."""
+
+    path: Path
+    reason: str
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -67,7 +81,8 @@ def save_checkpoint(
     """Write `folder` (named step_<N>) atomically; an older checkpoint there is replaced.
 
     `record` holds at least "step" (an int) and "config_sha256"; the rest (weight version, prompt cursor …) is the
-    run's own JSON. Raises CheckpointError, leaving all earlier checkpoints as they were, if it cannot be written.
+    run's own JSON. Raises CheckpointError, leaving all earlier checkpoints as they were and nothing of this one, if it
+    cannot be written; it says how many bytes were needed and how many are free.
     """
     staging = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
@@ -81,21 +96,28 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(
-            f"cannot write checkpoint {folder}: {error}; earlier checkpoints are intact, free some space and resume"
+            f"cannot write checkpoint {folder}: {error}; {_room(folder, state)}. Earlier checkpoints are intact: free "
+            "some space and `raylign resume`"
         ) from error
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint, tensors on the CPU. Raises CheckpointError for a file that is missing or not as written."""
+    manifest = verify_checkpoint(folder)
+    return Checkpoint(manifest, LearnerState(load_file(folder / TENSORS), dict(manifest.values)))
+
+
+def verify_checkpoint(folder: Path) -> CheckpointManifest:
+    """Hash every file of a checkpoint. Raises CheckpointError for one that is missing or not as written."""
     manifest = read_manifest(folder)
     for name, expected in manifest.files.items():
         try:
             found = _file_sha256(folder / name)
         except OSError as error:
-            raise CheckpointError(f"checkpoint {folder} lacks {name} ({error}); {_remedy(folder)}") from error
+            raise CheckpointError(f"checkpoint {folder} lacks {name} ({error}); {_REMEDY}") from error
         if found != expected:
-            raise CheckpointError(f"checkpoint file {folder / name} is damaged: its hash differs; {_remedy(folder)}")
-    return Checkpoint(manifest, LearnerState(load_file(folder / TENSORS), dict(manifest.values)))
+            raise CheckpointError(f"checkpoint file {folder / name} is damaged: its hash differs; {_REMEDY}")
+    return manifest
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
@@ -106,11 +128,11 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); {_remedy(folder)}") from error
+        raise CheckpointError(f"{path} cannot be read ({error}); {_REMEDY}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not of format {FORMAT}; it was written by another version of Raylign")
     if manifest.get("sha256") != _manifest_sha256(manifest):
-        raise CheckpointError(f"{path} is damaged: its hash differs; {_remedy(folder)}")
+        raise CheckpointError(f"{path} is damaged: its hash differs; {_REMEDY}")
     record = manifest["record"]
     return CheckpointManifest(
         path=folder,
@@ -119,15 +141,13 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         record=record,
         values=manifest["values"],
         files=manifest["files"],
+        sha256=manifest["sha256"],
     )
 
 
 def list_checkpoints(parent: Path) -> list[Path]:
     """Finished checkpoints, lowest step first."""
-    if not parent.is_dir():
-        return []
-    steps = [(int(match[1]), path) for path in parent.iterdir() if (match := _STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(steps) if (path / MANIFEST).is_file()]
+    return [path for path in _step_folders(parent) if (path / MANIFEST).is_file()]
 
 
 def latest_checkpoint(parent: Path) -> Path | None:
@@ -135,15 +155,76 @@ def latest_checkpoint(parent: Path) -> Path | None:
     return next(reversed(list_checkpoints(parent)), None)
 
 
+def newest_good(parent: Path) -> tuple[CheckpointManifest | None, list[Damage]]:
+    """The highest step's checkpoint that is as it was written, and what is wrong with those above it. Changes nothing.
+
+    Files are hashed, so this takes as long as reading them.
+    """
+    damaged: list[Damage] = []
+    for path in reversed(_step_folders(parent)):
+        try:
+            return verify_checkpoint(path), damaged
+        except CheckpointError as error:
+            damaged.append(Damage(path, str(error).removesuffix(f"; {_REMEDY}")))
+    return None, damaged
+
+
+def later_checkpoints(parent: Path, step: int) -> list[Path]:
+    """Folders of checkpoints beyond a step, damaged ones included, lowest step first."""
+    return [path for path in _step_folders(parent) if _step_of(path) > step]
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Rename a checkpoint to `step_N.<why>`, which nothing takes for one; returns its new place."""
+    aside, count = path.with_name(f"{path.name}.{why}"), 1
+    while aside.exists():
+        count += 1
+        aside = path.with_name(f"{path.name}.{why}-{count}")
+    path.rename(aside)
+    _sync(path.parent)
+    return aside
+
+
 def prune_checkpoints(parent: Path, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` (at least 1) checkpoints; returns what was deleted."""
-    doomed = list_checkpoints(parent)[: -max(1, keep)]
+    """Delete all but the newest `keep` (at least 1) checkpoints; returns what was deleted.
+
+    The newest one that is as it was written stays in any case: files can be damaged after they were synced.
+    """
+    paths = list_checkpoints(parent)
+    doomed = paths[: -max(1, keep)]
+    if not doomed:
+        return []
+    good, _ = newest_good(parent)
+    if good is None:  # a file system that is away for a moment looks the same
+        return []
+    doomed = [path for path in doomed if path != good.path]
     for path in doomed:
         # Renamed first: a half-deleted directory must not look like a checkpoint.
         grave = path.with_name(f"{path.name}.tmp-deleted")
         path.rename(grave)
         shutil.rmtree(grave)
     return doomed
+
+
+def _step_folders(parent: Path) -> list[Path]:
+    """Everything that is named like a checkpoint, lowest step first."""
+    if not parent.is_dir():
+        return []
+    return sorted((path for path in parent.iterdir() if _STEP.fullmatch(path.name)), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _room(folder: Path, state: LearnerState) -> str:
+    """What a checkpoint takes, and what there is."""
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
+    try:
+        free = f"{shutil.disk_usage(folder.parent).free:,} are free"
+    except OSError:  # not even the folder above it can be reached
+        return f"it takes {needed:,} bytes"
+    return f"it takes {needed:,} bytes and {free}"
 
 
 def _write_manifest(folder: Path, state: LearnerState, record: Mapping[str, JsonValue]) -> None:
@@ -180,10 +261,6 @@ def _remove_leftovers(parent: Path) -> None:
 def _manifest_sha256(manifest: Mapping[str, Any]) -> str:
     text = json.dumps({k: v for k, v in manifest.items() if k != "sha256"}, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _remedy(folder: Path) -> str:
-    return f"delete {folder} to go on from an earlier checkpoint"
 
 
 def _file_sha256(path: Path) -> str:

@@ -71,6 +71,37 @@ def parse_config(cls: type[ConfigT], data: Mapping[str, Any], source: str) -> Co
         raise ConfigError(f"{source} has {error.error_count()} problem(s):\n{problems}") from None
 
 
+def with_overrides(config: ConfigT, overrides: Mapping[str, str]) -> ConfigT:
+    """The configuration with dotted keys set. A table that is given another `type` begins anew, with its defaults.
+
+    Raises ConfigError naming key, value got and what to do.
+    """
+    data = config.model_dump(mode="json", exclude_none=True)
+    for dotted in sorted(overrides, key=lambda key: key.rpartition(".")[2] != "type"):
+        value, (table, _, last) = _parse_value(overrides[dotted]), dotted.rpartition(".")
+        if last == "type" and _look_up(data, dotted) not in (None, value):
+            _assign(data, table, {})
+        _assign(data, dotted, value)
+    return parse_config(type(config), data, "the configuration with what was set after it")
+
+
+def difference(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, each with both as plain JSON; None stands for a key that is not set there."""
+    before, after = leaves(old), leaves(new)
+    return {key: (before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)}
+
+
+def leaves(config: Config) -> dict[str, Any]:
+    """Every key that is set, dotted (`rewards.0.type`), with its value as plain JSON."""
+    return _flatten(config.model_dump(mode="json", exclude_none=True), "")
+
+
+def covers(name: str, key: str) -> bool:
+    """Whether `name` is the dotted key itself or a table that it is in; `*` in a name is any one part."""
+    parts, whole = name.split("."), key.split(".")
+    return len(parts) <= len(whole) and all(part in ("*", one) for part, one in zip(parts, whole, strict=False))
+
+
 def lay_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`above` over `below`: tables key by key, unless they are of different `type`; all else replaces."""
     laid = dict(below)
@@ -123,6 +154,28 @@ def _assign(data: dict[str, Any], dotted: str, value: Any) -> None:
         node[int(last)] = value
     else:
         node[last] = value
+
+
+def _look_up(data: Any, dotted: str) -> Any:
+    """The value at a dotted key, None where there is none."""
+    for part in dotted.split("."):
+        if isinstance(data, list) and part.isdigit() and int(part) < len(data):
+            data = data[int(part)]
+        else:
+            data = data.get(part) if isinstance(data, dict) else None
+    return data
+
+
+def _flatten(value: Any, name: str) -> dict[str, Any]:
+    """Leaves by dotted name. A list of tables is walked by index, any other list is a leaf."""
+    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        value = {str(place): one for place, one in enumerate(value)}
+    if not isinstance(value, dict):
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flatten(inner, f"{name}.{key}" if name else str(key))
+    return flat
 
 
 def _item(items: list[Any], key: str, dotted: str) -> Any:

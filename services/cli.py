@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from raylign.pretrain import PRETRAINERS
-from services import job_commands
+from services import job_commands, resume_commands
 
 app = typer.Typer(
     name="raylign",
@@ -21,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+app.add_typer(resume_commands.app)
 app.add_typer(job_commands.app)
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -53,17 +54,6 @@ def train(
 
     title = "-".join(Path(name).stem for name in names)
     raise typer.Exit(train_run(load_run_config(names, overrides), title, run_dir, address))
-
-
-@app.command()
-def resume(
-    run_dir: Annotated[Path, typer.Argument(help="The folder of a run that was stopped.")],
-    address: AddressOption = None,
-) -> None:
-    """Go on with a run exactly where its last checkpoint was written."""
-    from services.run import resume_run
-
-    raise typer.Exit(resume_run(run_dir, address))
 
 
 @app.command()

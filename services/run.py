@@ -3,43 +3,53 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import math
 import os
 import signal
 import time
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from learner.checkpoint import CheckpointManifest, latest_checkpoint, prune_checkpoints, read_manifest
-from raylign.assets import PREFIX, resolve
-from raylign.errors import CheckpointError, ConfigError, RaylignError
+from learner.checkpoint import (
+    CheckpointManifest,
+    Damage,
+    later_checkpoints,
+    list_checkpoints,
+    newest_good,
+    prune_checkpoints,
+    set_aside,
+    verify_checkpoint,
+)
+from raylign.config import with_overrides
+from raylign.errors import CheckpointError, ConfigError, RaylignError, RunDirError
 from raylign.metrics import MetricsRow, make_sinks, read_metrics
-from raylign.models import check_model
-from raylign.types import Prompt
-from rewards import make_mix
-from rollout.prompts import GroupTask, PromptStream, load_prompts, refuse_overlap
+from raylign.types import JsonValue
+from rollout.prompts import PromptStream
 from services.config import RunConfig, read_resolved_config
+from services.config_changes import (
+    changes_since,
+    check_allowed,
+    note_changes,
+    read_changes,
+    read_made_with,
+    refuse_fixed,
+    refuse_new_policies,
+    refuse_others,
+)
 from services.console import RunConsole
 from services.controller import Controller
 from services.observer import RunObserver
-from services.run_dir import RunDir, config_toml
+from services.run_dir import RunDir, config_toml, free_space
+from services.run_inputs import RunInputs, read_inputs, with_absolute_paths
 from services.topology import Topology, build, check_cluster, required_resources
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 _SINKS = ("jsonl", "tensorboard")
-
-
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """Prompts to train on, and held-out prompts as evaluation tasks."""
-
-    prompts: list[Prompt]
-    heldout: list[GroupTask]
-    sha256: str
-    """Identity of what was read, for exact resumption."""
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(slots=True)
@@ -49,47 +59,85 @@ class _Run:
     config: RunConfig
     folder: RunDir
     console: RunConsole
-    inputs: _Inputs
+    inputs: RunInputs
     resumed: CheckpointManifest | None
     status: str = "failed"
 
 
 def train_run(config: RunConfig, config_name: str, run_dir: Path | None, address: str | None) -> int:
     """Run a configuration in a new directory; returns the exit code. Raises RaylignError for bad input."""
-    config = _with_absolute_paths(config)
-    inputs = _read_inputs(config)
+    config = with_absolute_paths(config)
+    inputs = read_inputs(config)
     with RunDir.create(run_dir, config_name) as folder:
         folder.write_config(config)
-        code = _go(config, folder, inputs, None, address)
+        code = go(config, folder, inputs, None, address)
         if code == EXIT_FAILED and not folder.metrics.exists():
             # Nothing was trained, so the folder is no run: the same command may be given again.
             folder.config.unlink()
         return code
 
 
-def resume_run(path: Path, address: str | None) -> int:
-    """Go on from a run's newest checkpoint; returns the exit code. A finished run is left as it is."""
+def resume_run(
+    path: Path,
+    address: str | None,
+    step: int | None = None,
+    overrides: Mapping[str, str] | None = None,
+    allowed: Sequence[str] = (),
+) -> int:
+    """Go on from a run's newest good checkpoint, or from that of a step; returns the exit code.
+
+    `overrides` are dotted keys to set, `allowed` the keys or tables that may differ from what the checkpoint was made
+    with, beside those that change no result. A finished run is left as it is. Raises RaylignError, with nothing
+    changed, for a directory that is no run or in use, for no good checkpoint, and for changes that are not allowed.
+    """
     with RunDir.open(path) as folder:
-        config = read_resolved_config(folder.config)
-        checkpoint = latest_checkpoint(folder.checkpoints)
-        if checkpoint is None:
-            raise CheckpointError(f"{path} has no checkpoint to go on from; start anew with `raylign train`")
-        manifest = read_manifest(checkpoint)
-        if manifest.config_sha256 != config_sha256(config):
-            raise CheckpointError(
-                f"{folder.config} is not the configuration that {checkpoint.name} was made with; put it back, or "
-                "start a new run"
-            )
+        config = with_absolute_paths(with_overrides(read_resolved_config(folder.config), overrides or {}))
+        manifest, damaged = choose_checkpoint(folder, step)
         if manifest.step >= config.num_steps:
-            RunConsole().note(f"{path} is finished: step {manifest.step} of {config.num_steps}; nothing to do")
-            return EXIT_OK
-        inputs = _read_inputs(config)
-        if manifest.record.get("inputs_sha256") != inputs.sha256:
-            raise CheckpointError(
-                "the prompt files or the model directory changed since the run began, so it cannot go on exactly; put "
-                "them back, or start a new run"
+            RunConsole().note(
+                f"{path} is finished: step {manifest.step} of {config.num_steps}; nothing to do (--num_steps goes on)"
             )
-        return _go(config, folder, inputs, manifest, address)
+            return EXIT_OK
+        made_with, inputs = read_made_with(manifest), read_inputs(config)
+        check_allowed(allowed, made_with, config)
+        changes = changes_since(manifest, config, inputs.sha256s)
+        refuse_fixed(changes, config)
+        refuse_others(changes, allowed, manifest, folder)
+        refuse_new_policies(made_with, config)
+        _clear_the_way(folder, manifest, damaged)
+        note_changes(folder, manifest.step, changes)
+        if overrides or changes:
+            folder.write_config(config)
+        return go(config, folder, inputs, manifest, address)
+
+
+def choose_checkpoint(folder: RunDir, step: int | None) -> tuple[CheckpointManifest, list[Damage]]:
+    """A run's newest good checkpoint with the damaged ones above it, or that of a step. Changes nothing.
+
+    Raises CheckpointError, with what there is, if there is none.
+    """
+    if step is not None:
+        there = [int(one.name.removeprefix("step_")) for one in list_checkpoints(folder.checkpoints)]
+        if step not in there:
+            told = f"there are {', '.join(map(str, there))}" if there else "there is none"
+            raise CheckpointError(f"{folder.path} has no checkpoint of step {step}; {told}")
+        return verify_checkpoint(folder.checkpoints / f"step_{step}"), []
+    manifest, damaged = newest_good(folder.checkpoints)
+    if manifest is None and damaged:
+        told = "\n".join(f"  {one.path.name}: {one.reason}" for one in damaged)
+        raise CheckpointError(f"no checkpoint of {folder.path} can be read:\n{told}\nstart anew with `raylign train`")
+    if manifest is None:
+        raise CheckpointError(f"{folder.path} has no checkpoint to go on from; start anew with `raylign train`")
+    return manifest, damaged
+
+
+def _clear_the_way(folder: RunDir, manifest: CheckpointManifest, damaged: Sequence[Damage]) -> None:
+    """Set aside what the run will write again: damaged checkpoints, and those beyond the step it goes on from."""
+    console = RunConsole()
+    for one in damaged:
+        console.note(f"{one.reason}; set aside as {set_aside(one.path, 'damaged').name}")
+    for path in later_checkpoints(folder.checkpoints, manifest.step):
+        console.note(f"{path.name} is beyond step {manifest.step}; set aside as {set_aside(path, 'superseded').name}")
 
 
 def config_sha256(config: RunConfig) -> str:
@@ -97,9 +145,23 @@ def config_sha256(config: RunConfig) -> str:
     return hashlib.sha256(config_toml(config).encode()).hexdigest()
 
 
-def _go(
-    config: RunConfig, folder: RunDir, inputs: _Inputs, resumed: CheckpointManifest | None, address: str | None
+def run_record(config: RunConfig, inputs: RunInputs, origin: JsonValue = None) -> dict[str, JsonValue]:
+    """What every checkpoint of a run keeps beside its step. `origin` says where a fork came from."""
+    record: dict[str, JsonValue] = {
+        "config_sha256": config_sha256(config),
+        "config": config.model_dump(mode="json", exclude_none=True),
+        "inputs": inputs.sha256s,
+    }
+    return record if origin is None else {**record, "origin": origin}
+
+
+def go(
+    config: RunConfig, folder: RunDir, inputs: RunInputs, resumed: CheckpointManifest | None, address: str | None
 ) -> int:
+    """Train in a locked directory from the start, or from a checkpoint in it; returns the exit code.
+
+    Prints Raylign's own errors, and what stopped it on a full disk; raises any other.
+    """
     started_s = time.monotonic()
     with RunConsole() as console:
         run = _Run(config, folder, console, inputs, resumed)
@@ -108,12 +170,19 @@ def _go(
                 asyncio.run(_drive(run, started_s, own_cluster=address is None))
         except BaseExceptionGroup as group:
             error = _first_cause(group)
-            console.failed(error, folder.path)
-            if not isinstance(error, RaylignError):
+            told = error if isinstance(error, RaylignError) else _disk_full(error, folder.path)
+            console.failed(told or error, folder.path)
+            if told is None:
                 raise error from group
             return EXIT_FAILED
         except RaylignError as error:
             console.failed(error, folder.path)
+            return EXIT_FAILED
+        except OSError as error:
+            told = _disk_full(error, folder.path)
+            if told is None:
+                raise
+            console.failed(told, folder.path)
             return EXIT_FAILED
         except KeyboardInterrupt:
             console.failed(KeyboardInterrupt("interrupted before the step was done"), folder.path)
@@ -123,55 +192,6 @@ def _go(
         write_report(folder.path)
         console.finish(folder.read_summary(), folder.path)
         return EXIT_OK if run.status == "finished" else EXIT_INTERRUPTED
-
-
-def _read_inputs(config: RunConfig) -> _Inputs:
-    """Check the model directory, read the prompts, and let every required reward check each, before anything starts."""
-    prompts = load_prompts(resolve(config.prompts.train), config.prompts.fields)
-    heldout: list[Prompt] = []
-    if config.prompts.heldout is not None:
-        heldout = load_prompts(resolve(config.prompts.heldout), config.prompts.fields)
-        refuse_overlap(prompts, heldout)
-        heldout = heldout[: config.eval.num_prompts]
-    check_model(config.model, [prompt.text for prompt in (*prompts, *heldout)])
-    rewards = make_mix(config.rewards)
-    for prompt in (*prompts, *heldout):
-        rewards.check(prompt)
-    tasks = [GroupTask(prompt, -1, place) for place, prompt in enumerate(heldout)]
-    return _Inputs(prompts, tasks, _inputs_sha256(config))
-
-
-def _inputs_sha256(config: RunConfig) -> str:
-    """Identity of the prompt files (contents) and of the model directory (names and sizes: contents are many GB)."""
-    digest = hashlib.sha256()
-    for name in (config.prompts.train, config.prompts.heldout):
-        if name is not None:
-            for path in _files(resolve(name)):
-                digest.update(path.read_bytes())
-    model = resolve(config.model.path)
-    for path in _files(model):
-        digest.update(f"{path.relative_to(model)} {path.stat().st_size}\n".encode())
-    return digest.hexdigest()
-
-
-def _files(path: Path) -> list[Path]:
-    """The files of a folder in a fixed order, or the file itself."""
-    return [path] if path.is_file() else sorted(inner for inner in path.rglob("*") if inner.is_file())
-
-
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The user's paths mean the same in workers and on resumption, whatever their working directory."""
-
-    def absolute(path: str | None) -> str | None:
-        return path if path is None or path.startswith(PREFIX) else str(Path(path).expanduser().resolve())
-
-    prompts = {"train": absolute(config.prompts.train), "heldout": absolute(config.prompts.heldout)}
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
-            "prompts": config.prompts.model_copy(update=prompts),
-        }
-    )
 
 
 @contextmanager
@@ -216,19 +236,19 @@ async def _train(run: _Run, topology: Topology, started_s: float) -> None:
     seconds_before = float(earlier[-1]["time/since_start_s"] or 0.0) if earlier else 0.0
     observer = RunObserver(folder, sinks, run.console, seconds_before, config.held_out_metrics)
     observer.first_eval = _first_eval(earlier)
-    record = {"config_sha256": config_sha256(config), "inputs_sha256": run.inputs.sha256}
+    record = run_record(config, run.inputs, resumed.record.get("origin") if resumed is not None else None)
 
     async def save(step: int) -> None:
         path = (folder.checkpoints / f"step_{step}").resolve()
         if path.exists():
             return
-        await topology.learner.save(path, {"step": step, **record})
+        await topology.learner.save(path, {"step": step, **record, "guard": controller.guard.state()})
         if not path.exists():
             raise CheckpointError(
                 f"the learner wrote its checkpoint, but {path} is not there for this process: the run directory must "
                 "lie on a file system that the cluster shares; choose another --run-dir"
             )
-        prune_checkpoints(folder.checkpoints, config.checkpoint.keep)
+        await asyncio.to_thread(prune_checkpoints, folder.checkpoints, config.checkpoint.keep)
 
     controller = Controller(
         config,
@@ -240,16 +260,14 @@ async def _train(run: _Run, topology: Topology, started_s: float) -> None:
         observer,
         save,
     )
+    _restore_guard(controller, resumed, config)
     for slot, computed in (await topology.fleet.precision_report()).items():
         run.console.note(f"{slot} network: {computed}")
     run.console.begin(config.num_steps, start_step, config.held_out_metrics)
     train_started_s = time.monotonic()
-    try:
-        with _stop_on_signals(controller, run.console):
-            await controller.run(start_step)
-        run.status = "finished" if controller.step == config.num_steps else "stopped"
-    finally:
-        sinks.close()
+
+    async def summarise() -> None:
+        origin, changes = record.get("origin"), read_changes(folder)
         folder.write_summary(
             {
                 "status": run.status,
@@ -261,8 +279,34 @@ async def _train(run: _Run, topology: Topology, started_s: float) -> None:
                 "train_s": time.monotonic() - train_started_s + seconds_before,
                 "total_s": time.monotonic() - started_s + seconds_before,
                 "peak_memory_bytes": await topology.peak_memory_bytes() if run.status != "failed" else {},
+                **({"origin": origin} if origin else {}),
+                **({"config_changes": changes} if changes else {}),
             }
         )
+
+    try:
+        with _stop_on_signals(controller, run.console):
+            if start_step and not earlier and run.inputs.heldout:
+                await controller.evaluate(start_step)  # a fork's first numbers: before its own training
+            await controller.run(start_step)
+        run.status = "finished" if controller.step == config.num_steps else "stopped"
+    except BaseException:  # whatever stopped the run is raised again, and a full disk must not hide it
+        with suppress(OSError):
+            sinks.close()
+        with suppress(RunDirError):
+            await summarise()
+        raise
+    sinks.close()
+    await summarise()
+
+
+def _restore_guard(controller: Controller, resumed: CheckpointManifest | None, config: RunConfig) -> None:
+    """Let the staleness guard go on where it was, unless what it guards was changed."""
+    if resumed is None or read_made_with(resumed).max_staleness != config.max_staleness:
+        return
+    state = resumed.record.get("guard")
+    if isinstance(state, Mapping):
+        controller.guard.restore({name: int(str(value)) for name, value in state.items()})
 
 
 def _first_eval(rows: Sequence[MetricsRow]) -> dict[str, float]:
@@ -304,6 +348,17 @@ def _stop_on_signals(controller: Controller, console: RunConsole) -> Generator[N
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
+
+
+def _disk_full(error: BaseException, folder: Path) -> RunDirError | None:
+    """What to tell of a file that could not be written because there is no room; None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in _DISK_FULL:
+        return None
+    what = error.filename or "a file of the run"
+    return RunDirError(
+        f"cannot write {what}: {error.strerror}; {free_space(folder)}. Earlier checkpoints are intact: free some space "
+        "and `raylign resume`"
+    )
 
 
 def _first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:

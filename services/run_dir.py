@@ -2,6 +2,7 @@
 
     config.toml  metrics.jsonl  summary.json  report.html  lock
     samples/     checkpoints/step_N/          tensorboard/  logs/ (only after a failure)
+    config_changes.json (only if the configuration was changed on resumption)
 
 The lock is the kernel's (`flock`), so it goes away with the process that holds it, however that one ends.
 """
@@ -12,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 import tomllib
@@ -36,6 +38,7 @@ class RunDir:
         self.config = path / "config.toml"
         self.metrics = path / METRICS_FILE
         self.summary = path / "summary.json"
+        self.config_changes = path / "config_changes.json"
         self.report = path / "report.html"
         self.samples = path / "samples"
         self.before_after = self.samples / "before_after.png"
@@ -53,7 +56,7 @@ class RunDir:
         """
         run = cls(path if path is not None else _fresh_path(root, Path(config_name).stem))
         run._make_folder(run.path)
-        run._acquire()
+        run._acquire("choose another --run-dir")
         problem = run._holds_a_run()
         if problem:
             run.release()
@@ -67,7 +70,7 @@ class RunDir:
         """An existing run, locked, to go on with. Raises RunDirError if it is none, or in use."""
         run = cls(path)
         run.check()
-        run._acquire()
+        run._acquire("start a new run from its checkpoints: `raylign fork RUN_DIR --run-dir NEW`")
         for folder in (run.samples, run.checkpoints):
             run._make_folder(folder)
         return run
@@ -117,16 +120,21 @@ class RunDir:
             return f"{self.path} already holds a run ({', '.join(held)}); {remedy}"
         return ""
 
-    def _acquire(self) -> None:
-        fd = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
+    def _acquire(self, instead: str) -> None:
+        """Take the lock. `instead` is what to do where another process has it and shall keep it."""
+        try:
+            fd = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunDirError(
+                f"cannot write in {self.path}: {error.strerror}; free some space, or choose another folder"
+            ) from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             owner = _lock_owner(fd)
             os.close(fd)
             raise RunDirError(
-                f"{self.path} is in use by {owner}; wait for it, stop it with Ctrl-C or `kill <pid>`, "
-                "or choose another --run-dir"
+                f"{self.path} is in use by {owner}; wait for it, stop it with Ctrl-C or `kill <pid>`, or {instead}"
             ) from None
         except OSError as error:
             os.close(fd)
@@ -134,9 +142,10 @@ class RunDir:
                 f"cannot lock {self.lock}: {error}; put the run on a file system with locks (--run-dir)"
             ) from None
         # A descriptor made by os.open is not inherited, so no child of this process keeps the lock alive.
-        os.ftruncate(fd, 0)
-        os.write(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         self._lock_fd = fd
+        with contextlib.suppress(OSError):  # on a full disk the lock stands, without the note of who has it
+            os.ftruncate(fd, 0)
+            os.write(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
 
     def _make_folder(self, folder: Path) -> None:
         try:
@@ -172,7 +181,10 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file in one step: after a crash or power loss it holds the old bytes or the new ones."""
+    """Replace a file in one step: after a crash or power loss it holds the old bytes or the new ones.
+
+    Raises RunDirError, with the old bytes in place, if the new ones cannot be written.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -180,9 +192,21 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        raise RunDirError(
+            f"cannot write {path}: {error.strerror}; it takes {len(data):,} bytes, {free_space(path.parent)}"
+        ) from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             partial.unlink()
+
+
+def free_space(folder: Path) -> str:
+    """What a disk has left, in words."""
+    try:
+        return f"and {shutil.disk_usage(folder).free:,} bytes are free there"
+    except OSError as error:
+        return f"and the folder cannot be reached ({error.strerror})"
 
 
 def _fresh_path(root: Path, stem: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,12 +15,16 @@ from learner.algorithms.nft import NftConfig
 from learner.checkpoint import (
     MANIFEST,
     TENSORS,
+    later_checkpoints,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    newest_good,
     prune_checkpoints,
     read_manifest,
     save_checkpoint,
+    set_aside,
+    verify_checkpoint,
     write_tensors,
 )
 from learner.learner import Learner, LearnerConfig
@@ -97,7 +101,9 @@ def full_disk(after_bytes: int) -> Generator[None]:
 @pytest.mark.parametrize("after_bytes", [0, 100])
 def test_a_full_disk_leaves_earlier_checkpoints_intact(tmp_path: Path, after_bytes: int) -> None:
     save(tmp_path, 1)
-    with full_disk(after_bytes), pytest.raises(CheckpointError, match="earlier checkpoints are intact"):
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in STATE.tensors.values())
+    told = rf"it takes {needed} bytes and [\d,]+ are free\. Earlier checkpoints are intact"
+    with full_disk(after_bytes), pytest.raises(CheckpointError, match=told):
         save(tmp_path, 2)
     assert latest_checkpoint(tmp_path) == tmp_path / "step_1"
     assert_intact(tmp_path / "step_1", 1)
@@ -153,12 +159,102 @@ def test_pruning_keeps_the_newest(tmp_path: Path, keep: int, left: list[str]) ->
     assert len(gone) == 3 - len(left)
 
 
-def test_one_changed_byte_of_tensors_is_found(tmp_path: Path) -> None:
-    folder = save(tmp_path, 1)
+def truncate(folder: Path) -> None:
+    with (folder / TENSORS).open("r+b") as file:
+        file.truncate(10)
+
+
+def change_a_byte(folder: Path) -> None:
     damaged = bytearray((folder / TENSORS).read_bytes())
     damaged[-1] ^= 1
     (folder / TENSORS).write_bytes(damaged)
-    with pytest.raises(CheckpointError, match=r"learner\.safetensors is damaged.*delete .*step_1"):
+
+
+def lose_tensors(folder: Path) -> None:
+    (folder / TENSORS).unlink()
+
+
+def lose_manifest(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+
+
+def cut_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:100])
+
+
+DAMAGES = [truncate, change_a_byte, lose_tensors, lose_manifest, cut_manifest]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_for_the_next_older_good_one(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    for step in (2, 10, 12, 14):
+        save(tmp_path, step)
+    for step in (12, 14):
+        damage(tmp_path / f"step_{step}")
+    manifest, damaged = newest_good(tmp_path)
+    assert manifest == verify_checkpoint(tmp_path / "step_10")
+    assert [one.path.name for one in damaged] == ["step_14", "step_12"]
+    assert all("raylign resume" not in one.reason and "step_1" in one.reason for one in damaged)
+    assert len(list(tmp_path.iterdir())) == 4, "looking changes nothing"
+
+
+def test_where_no_checkpoint_is_good_each_is_told(tmp_path: Path) -> None:
+    assert newest_good(tmp_path / "none") == (None, [])
+    for step, damage in enumerate(DAMAGES):
+        save(tmp_path, step)
+        damage(tmp_path / f"step_{step}")
+    manifest, damaged = newest_good(tmp_path)
+    assert manifest is None
+    assert len(damaged) == len(DAMAGES)
+
+
+def test_what_is_set_aside_is_no_checkpoint_and_is_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    assert later_checkpoints(tmp_path, 1) == [tmp_path / "step_2", tmp_path / "step_3"]
+    assert set_aside(tmp_path / "step_3", "damaged") == tmp_path / "step_3.damaged"
+    save(tmp_path, 3)
+    assert set_aside(tmp_path / "step_3", "damaged") == tmp_path / "step_3.damaged-2"
+    assert list_checkpoints(tmp_path) == [tmp_path / "step_1", tmp_path / "step_2"]
+    assert later_checkpoints(tmp_path, 1) == [tmp_path / "step_2"]
+    save(tmp_path, 3)
+    prune_checkpoints(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_3", "step_3.damaged", "step_3.damaged-2"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_pruning_never_deletes_the_last_good_one(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    for step in (3, 4):
+        damage(tmp_path / f"step_{step}")
+    prune_checkpoints(tmp_path, 1)
+    manifest, _ = newest_good(tmp_path)
+    assert manifest is not None
+    assert manifest.step == 2
+    assert not (tmp_path / "step_1").exists()
+
+
+def test_pruning_deletes_nothing_where_no_checkpoint_can_be_read(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+        truncate(tmp_path / f"step_{step}")
+    assert prune_checkpoints(tmp_path, 1) == []
+    assert len(list_checkpoints(tmp_path)) == 3
+
+
+def test_a_checkpoint_has_an_identity_of_its_own(tmp_path: Path) -> None:
+    first, again = read_manifest(save(tmp_path / "a", 1)), read_manifest(save(tmp_path / "b", 1))
+    other = read_manifest(save(tmp_path / "c", 1, LearnerState({"params/w": torch.zeros(3, 2)})))
+    assert first.sha256 == again.sha256 != other.sha256
+
+
+def test_one_changed_byte_of_tensors_is_found(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    change_a_byte(folder)
+    with pytest.raises(CheckpointError, match=r"learner\.safetensors is damaged.*`raylign resume` sets it aside"):
         load_checkpoint(folder)
 
 
