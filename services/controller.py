@@ -342,6 +342,9 @@ class Controller:
         phases = self._timeline.drain()
         everything = step_metrics(groups, step, phases, seconds) | dict(metrics) | self._parity | self._pulled
         everything |= self.guard.metrics(self._events)
+        if self._config.max_staleness > 0:
+            level = self._buffer.num_ready, self._buffer.num_admitted
+            everything |= {"buffer/ready": float(level[0]), "buffer/admitted": float(level[1])}
         self._events.clear()
         self._observer.stepped(step, everything, groups)
 

@@ -363,6 +363,10 @@ def _column(run: Run, name: str) -> list[float]:
     return [metrics[name] for _, metrics in run.recorder.steps]
 
 
+def _levels(run: Run) -> tuple[list[float], list[float]]:
+    return _column(run, "buffer/ready"), _column(run, "buffer/admitted")
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_leaving_the_ratio_band_makes_the_run_synchronous_without_losing_a_group(seed: int) -> None:
     learner = Watched(deviation=lambda step: 0.5 if step == 4 else 0.0)
@@ -375,6 +379,9 @@ def test_leaving_the_ratio_band_makes_the_run_synchronous_without_losing_a_group
     assert max(ages[:6]) > 0
     assert ages[6:] == [0] * 6
     assert _column(run, "staleness/max") == ages
+    # Three steps' groups have tickets at most.
+    assert 0 < max(_column(run, "buffer/admitted")[:3]) <= 9
+    assert all(ready <= admitted for ready, admitted in zip(*_levels(run), strict=True))
 
 
 def test_the_run_is_asynchronous_again_after_good_steps() -> None:
