@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from benchmarks.async_runs import METHODS, arguments, make_parser, markdown, run_simulate
 from benchmarks.async_simulation import Cluster, controller_cost, extrapolate, play
@@ -119,3 +121,21 @@ def test_the_page_compares_each_method_with_itself() -> None:
     assert [row.split(" | ")[4] for row in rows] == ["1.00", "1.50", "–"]
     assert [row.split(" | ")[-1] for row in rows] == ["– |", "– |", "2.0e-03 |"]
     assert "| 12 | 0 of 1 |" in rows[0]
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(
+    seed=st.integers(0, 2**32),
+    num_actors=st.integers(1, 6),
+    max_staleness=st.integers(0, 4),
+    jitter=st.sampled_from([0.0, 0.5, 1.5]),
+    deaths_per_hour=st.sampled_from([0.0, 500.0]),
+    train_factor=st.sampled_from([0.05, 1.0, 5.0]),
+)
+def test_the_controller_keeps_the_bound_whatever_happens(
+    seed: int, num_actors: int, max_staleness: int, jitter: float, deaths_per_hour: float, train_factor: float
+) -> None:
+    cluster = Cluster(num_actors, 3, 2, max_staleness, 7, jitter, deaths_per_hour, train_factor, seed)
+    watch = play(cluster, lambda: TIMES).stopwatch
+    assert len(watch.done_s) == 7, "no step is lost, and none waits forever"
+    assert max(watch.max_ages) <= max_staleness
