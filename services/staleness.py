@@ -28,9 +28,10 @@ class AsyncGuardConfig(Config):
     parity: bool = True
     """Whether a parity gap above the tolerance does that. It is measured again when the buffer is empty, and stops the
     run then; at once if this is false."""
-    max_deviation: float = Field(default=0.01, gt=0)
+    max_deviation: float = Field(default=0.05, gt=0)
     """Largest mean |ratio - 1| of the policy being trained to those that drew its samples (`behaviour/deviation`), for
-    algorithms with a staleness_correction."""
+    algorithms with a staleness_correction. The default catches runs that fall apart; a tighter one is some hundred clip
+    ranges."""
     max_kl: float | None = Field(default=None, gt=0)
     """Largest distance to the reference (`loss/kl`), in the space of the algorithm's KL; not watched when not given."""
     return_after_steps: int | None = Field(default=None, ge=1)

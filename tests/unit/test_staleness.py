@@ -26,8 +26,8 @@ def guard(max_staleness: int = 2, **keys: Any) -> StalenessGuard:
 @pytest.mark.parametrize(
     ("keys", "metrics", "band"),
     [
-        ({}, step(deviation=0.0099), None),
-        ({}, step(deviation=0.0101), "deviation"),
+        ({}, step(deviation=0.0499), None),
+        ({}, step(deviation=0.0501), "deviation"),
         ({}, step(deviation=math.nan), "deviation"),
         ({"max_deviation": 1e9}, step(deviation=5.0), None),
         ({"max_deviation": 1.0}, step(deviation=0.5), None),
