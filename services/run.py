@@ -350,14 +350,22 @@ def _stop_on_signals(controller: Controller, console: RunConsole) -> Generator[N
             loop.remove_signal_handler(number)
 
 
-def _disk_full(error: BaseException, folder: Path) -> RunDirError | None:
-    """What to tell of a file that could not be written because there is no room; None for any other error."""
+def _disk_full(error: BaseException, folder: Path) -> RaylignError | None:
+    """What to tell of a file that could not be written because there is no room; None for any other error.
+
+    The room was missed before where it is missed again on the way out: the first to miss it tells.
+    """
     if not isinstance(error, OSError) or error.errno not in _DISK_FULL:
         return None
-    what = error.filename or "a file of the run"
+    before = error.__context__
+    while before is not None:
+        cause = _first_cause(before) if isinstance(before, BaseExceptionGroup) else before
+        if isinstance(cause, RaylignError):
+            return cause
+        before = before.__context__
     return RunDirError(
-        f"cannot write {what}: {error.strerror}; {free_space(folder)}. Earlier checkpoints are intact: free some space "
-        "and `raylign resume`"
+        f"cannot write {error.filename or 'a file of the run'}: {error.strerror}; {free_space(folder)}. Earlier "
+        "checkpoints are intact: free some space and `raylign resume`"
     )
 
 
