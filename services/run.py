@@ -170,7 +170,7 @@ def go(
                 asyncio.run(_drive(run, started_s, own_cluster=address is None))
         except BaseExceptionGroup as group:
             error = _first_cause(group)
-            told = error if isinstance(error, RaylignError) else _disk_full(error, folder.path)
+            told = error if isinstance(error, RaylignError) else disk_full(error, folder.path)
             console.failed(told or error, folder.path)
             if told is None:
                 raise error from group
@@ -179,7 +179,7 @@ def go(
             console.failed(error, folder.path)
             return EXIT_FAILED
         except OSError as error:
-            told = _disk_full(error, folder.path)
+            told = disk_full(error, folder.path)
             if told is None:
                 raise
             console.failed(told, folder.path)
@@ -260,7 +260,7 @@ async def _train(run: _Run, topology: Topology, started_s: float) -> None:
         observer,
         save,
     )
-    _restore_guard(controller, resumed, config)
+    restore_guard(controller, resumed, config)
     for slot, computed in (await topology.fleet.precision_report()).items():
         run.console.note(f"{slot} network: {computed}")
     run.console.begin(config.num_steps, start_step, config.held_out_metrics)
@@ -300,7 +300,7 @@ async def _train(run: _Run, topology: Topology, started_s: float) -> None:
     await summarise()
 
 
-def _restore_guard(controller: Controller, resumed: CheckpointManifest | None, config: RunConfig) -> None:
+def restore_guard(controller: Controller, resumed: CheckpointManifest | None, config: RunConfig) -> None:
     """Let the staleness guard go on where it was, unless what it guards was changed."""
     if resumed is None or read_made_with(resumed).max_staleness != config.max_staleness:
         return
@@ -350,7 +350,7 @@ def _stop_on_signals(controller: Controller, console: RunConsole) -> Generator[N
             loop.remove_signal_handler(number)
 
 
-def _disk_full(error: BaseException, folder: Path) -> RaylignError | None:
+def disk_full(error: BaseException, folder: Path) -> RaylignError | None:
     """What to tell of a file that could not be written because there is no room; None for any other error.
 
     The room was missed before where it is missed again on the way out: the first to miss it tells.

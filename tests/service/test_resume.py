@@ -296,6 +296,7 @@ def test_a_fork_whose_weights_do_not_load_leaves_no_run(stopped: Path) -> None:
         (f"checkpoints/step_2/{TENSORS}", r"CheckpointError: cannot write checkpoint .*; it takes [\d,]+ bytes and "),
         ("metrics.jsonl", "RunDirError: cannot write a file of the run: File too large; and "),
     ],
+    ids=["checkpoint", "metrics"],
 )
 def test_a_full_disk_stops_the_run_and_loses_nothing(
     references: Callable[[str], Reference], tmp_path: Path, limited: str, told: str

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from learner.algorithms.crd import CrdConfig
 from learner.algorithms.flow_grpo import FlowGrpoConfig
-from learner.checkpoint import TENSORS, save_checkpoint
+from learner.checkpoint import TENSORS, CheckpointManifest, save_checkpoint
 from learner.learner import Learner, LearnerConfig
 from learner.state import LearnerState
 from raylign.config import with_overrides
@@ -19,8 +21,9 @@ from raylign.errors import CheckpointError, ConfigError, RunDirError, WeightErro
 from services.cli import app
 from services.config import RunConfig
 from services.config_changes import kept_policies
+from services.controller import Controller
 from services.fork import start_missing
-from services.run import EXIT_OK, choose_checkpoint, run_record
+from services.run import EXIT_OK, choose_checkpoint, disk_full, restore_guard, run_record
 from services.run_dir import RunDir
 from services.run_inputs import read_inputs, with_absolute_paths
 from tests.tiny_models import RUN_SEED, ToyPolicy, draw_groups, flow_sde, train_step
@@ -186,6 +189,43 @@ def test_a_policy_that_was_not_kept_starts_as_a_copy_of_the_trained_one() -> Non
         source = f"params/{rest}" if section in ("old", "sampling") else name
         assert torch.equal(tensor, state.tensors[source]), name
     assert new.num_optimiser_steps == 1
+
+
+@pytest.mark.parametrize(("max_staleness", "limit"), [("2", 0), ("3", 3)])
+def test_a_guard_that_fell_goes_on_so_unless_its_bound_was_changed(
+    record: dict[str, object], max_staleness: str, limit: int
+) -> None:
+    made_with = with_overrides(CONFIG, {"placement": "separate", "max_staleness": "2"})
+    fell = {"limit": 0, "num_good": 1, "recheck_at": 0}
+    whole: dict[str, Any] = {**record, "config": run_record(made_with, read_inputs(CONFIG))["config"], "guard": fell}
+    manifest = CheckpointManifest(Path("step_4"), 4, "", whole, {}, {}, "")
+    config = with_overrides(made_with, {"max_staleness": max_staleness})
+    nobody: Any = None
+    controller = Controller(config, nobody, [], nobody, nobody, nobody, nobody, nobody)
+    restore_guard(controller, manifest, config)
+    assert controller.guard.limit == limit
+    restore_guard(controller, None, config)
+    assert controller.guard.limit == limit
+
+
+def test_on_a_full_disk_the_first_to_miss_the_room_tells(tmp_path: Path) -> None:
+    def leave(first: Exception) -> BaseException:
+        try:
+            try:
+                raise first
+            finally:
+                raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+        except OSError as error:
+            return error
+
+    first = CheckpointError("it takes 10 bytes")
+    assert disk_full(leave(first), tmp_path) is first
+    assert disk_full(leave(ExceptionGroup("", [ValueError("x"), first])), tmp_path) is first
+    told = disk_full(leave(ValueError("x")), tmp_path)
+    assert isinstance(told, RunDirError)
+    assert "cannot write metrics.jsonl: No space left on device" in str(told)
+    assert disk_full(OSError(errno.EIO, "Input/output error"), tmp_path) is None
+    assert disk_full(ValueError("x"), tmp_path) is None
 
 
 def test_paths_are_made_absolute_and_inputs_have_an_identity(tmp_path: Path) -> None:

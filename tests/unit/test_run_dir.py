@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tomllib
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,17 @@ class _NoneMatters(Config):
     limit: int | None = 5
 
 
+@contextmanager
+def full_disk() -> Generator[None]:
+    """No file can grow: what a full disk looks like to a writer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_a_new_run_gets_its_folders_and_a_name_with_the_time(tmp_path: Path) -> None:
     with RunDir.create(None, "configs/quickstart_image.toml", root=tmp_path / "runs") as run:
         assert run.path.parent == tmp_path / "runs"
@@ -52,6 +66,29 @@ def test_a_directory_in_use_is_refused_naming_the_process(tmp_path: Path) -> Non
             with pytest.raises(RunDirError, match=rf"in use by process {os.getpid()} on .*--run-dir"):
                 again()
     RunDir.open(run.path).release()
+
+
+def test_a_run_in_use_that_should_go_on_says_fork(tmp_path: Path) -> None:
+    with RunDir.create(tmp_path / "run", "x") as run:
+        run.write_config(_Outer())
+        with pytest.raises(RunDirError, match="`raylign fork RUN_DIR --run-dir NEW`"):
+            RunDir.open(run.path)
+
+
+def test_a_full_disk_has_a_lock_without_a_note(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", "x")
+    run.write_config(_Outer())
+    run.release()
+    with full_disk(), RunDir.open(run.path), pytest.raises(RunDirError, match="in use by another process"):
+        RunDir.open(run.path)
+    RunDir.open(run.path).release()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").mkdir()
+    with pytest.raises(RunDirError, match=r"cannot write in .*: Is a directory"):
+        RunDir.create(tmp_path / "run", "x")
 
 
 def test_a_note_cut_short_still_says_in_use(tmp_path: Path) -> None:
@@ -162,6 +199,16 @@ def test_a_broken_summary_is_named(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(RunDirError, match=r"summary\.json is not JSON"):
         RunDir(tmp_path).read_summary()
+
+
+def test_a_full_disk_leaves_the_old_file_and_says_how_much_there_was_to_write(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    write_atomic(path, b"{}")
+    told = r"cannot write .*summary\.json: File too large; it takes 5,000 bytes, and [\d,]+ bytes are free there"
+    with full_disk(), pytest.raises(RunDirError, match=told):
+        write_atomic(path, b"x" * 5000)
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+    assert path.read_bytes() == b"{}"
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
