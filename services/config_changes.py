@@ -26,6 +26,8 @@ NEUTRAL: Mapping[str, str] = {
     "num_steps": "no step looks at how many follow; a larger number goes on, a smaller one ends sooner",
     "start_timeout_s": "waiting draws nothing",
     "rollout.num_actors": "samples are drawn by key, in chunks that do not depend on who draws them",
+    "rollout.min_actors": "as num_actors",
+    "rollout.max_actors": "as num_actors",
     "checkpoint": "writing state does not change it",
     "eval.every_steps": "held-out samples have keys of their own, the same at every evaluation",
     "learner.publish": "a delta is applied to the very tensors of the whole snapshot, and verified by the same hash",
