@@ -109,7 +109,10 @@ def test_every_exception_is_a_key_and_has_its_reason() -> None:
             RunConfig,
             {
                 "model": {"lora": {"start": "asset:x"}},
-                "reward_service": {"per_reward": {"ocr": {"num_replicas": 2}}, "cache": {"type": "none"}},
+                "reward_service": {
+                    "per_reward": {"ocr": {"num_replicas": 2, "num_cpus_per_replica": 1}},
+                    "cache": {"type": "none"},
+                },
             },
             "",
         )
