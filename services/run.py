@@ -264,25 +264,12 @@ async def _train(run: _Run, topology: Topology, started_s: float) -> None:
     for slot, computed in (await topology.fleet.precision_report()).items():
         run.console.note(f"{slot} network: {computed}")
     run.console.begin(config.num_steps, start_step, config.held_out_metrics)
-    train_started_s = time.monotonic()
+    controller.step, train_started_s = start_step, time.monotonic()
 
     async def summarise() -> None:
-        origin, changes = record.get("origin"), read_changes(folder)
-        folder.write_summary(
-            {
-                "status": run.status,
-                "num_steps": controller.step,
-                "weight_version": controller.step,
-                "weights_sha256": await topology.learner.weights_sha256() if run.status != "failed" else "",
-                "eval_initial": observer.first_eval,
-                "eval_final": observer.last_eval,
-                "train_s": time.monotonic() - train_started_s + seconds_before,
-                "total_s": time.monotonic() - started_s + seconds_before,
-                "peak_memory_bytes": await topology.peak_memory_bytes() if run.status != "failed" else {},
-                **({"origin": origin} if origin else {}),
-                **({"config_changes": changes} if changes else {}),
-            }
-        )
+        now = time.monotonic()
+        seconds = {"train_s": now - train_started_s + seconds_before, "total_s": now - started_s + seconds_before}
+        folder.write_summary(await _summary(run, topology, controller.step, observer, record, seconds))
 
     try:
         with _stop_on_signals(controller, run.console):
@@ -298,6 +285,30 @@ async def _train(run: _Run, topology: Topology, started_s: float) -> None:
         raise
     sinks.close()
     await summarise()
+
+
+async def _summary(
+    run: _Run,
+    topology: Topology,
+    step: int,
+    observer: RunObserver,
+    record: Mapping[str, JsonValue],
+    seconds: Mapping[str, float],
+) -> dict[str, JsonValue]:
+    """What `summary.json` says. Of a run that failed nobody is asked any more."""
+    failed, origin, changes = run.status == "failed", record.get("origin"), read_changes(run.folder)
+    return {
+        "status": run.status,
+        "num_steps": step,
+        "weight_version": step,
+        "weights_sha256": "" if failed else await topology.learner.weights_sha256(),
+        "eval_initial": observer.first_eval,
+        "eval_final": observer.last_eval,
+        **seconds,
+        "peak_memory_bytes": {} if failed else await topology.peak_memory_bytes(),
+        **({"origin": origin} if origin else {}),
+        **({"config_changes": changes} if changes else {}),
+    }
 
 
 def restore_guard(controller: Controller, resumed: CheckpointManifest | None, config: RunConfig) -> None:
