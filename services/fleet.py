@@ -1,9 +1,13 @@
-"""The rollout fleet on Ray: a queue of chunks over actors that may die and come back.
+"""The rollout fleet on Ray: a queue of chunks over actors that come, go, die, hang and come back.
 
-RLlib's FaultTolerantActorManager keeps the actors' health, in-flight calls and restarts; this file adds what a
-rollout fleet needs on top: chunks go to whichever actor is free, a chunk whose actor died goes to another
-(samples are keyed, so the result is the same), and an actor that came back pulls the newest weights before it
-works. The manager's own LearnerGroup is not used: RLlib's learners eat episodes, ours eats rollout groups.
+    new ──▶ asked until it answers ──▶ pulls the newest weights ──▶ in service ──▶ leaving: finishes what it has
+                     ▲                                                  │
+                     └──────────── away: died, or took too long ◀───────┘
+
+RLlib's FaultTolerantActorManager (in services/ray_actors.py) keeps the actors, their health and their calls in flight;
+this file adds what a rollout fleet needs on top: chunks go to whichever actor is free, a chunk whose actor died or
+hangs goes to another (samples are keyed, so the result is the same), and an actor that is new or came back pulls the
+newest weights before it works. RLlib's LearnerGroup is not used: its learners eat episodes, ours eats rollout groups.
 """
 
 from __future__ import annotations
@@ -12,70 +16,77 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ray.actor import ActorHandle
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
-from ray.rllib.utils.actor_manager import CallResult, FaultTolerantActorManager
+from ray.exceptions import (
+    ActorDiedError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from raylign.errors import ClusterError, RaylignError
 from raylign.types import RolloutGroup
 from rollout.drawn import Pulled, Slot
 from rollout.engine import ChunkRequest, Probe, WeightSlot
-from services.ray_errors import NotPulledError, actor_name, unwrap
+from services.elastic import PoolStatus, who_leaves
+from services.fleet_calls import Absence, Call, Pool, plain_error
+from services.patience import Patience
+from services.ray_actors import Actors, RayActors
+from services.ray_errors import NotPulledError, unwrap
 from services.ray_learner import Publication
 from services.roles import SnapshotHandle
 
 # A second chunk waits at each actor, so that it never idles for a round trip.
 _IN_FLIGHT_PER_ACTOR = 2
 _POLL_S = 0.002
+# Nothing is under way but actors that come, go or may come back.
+_IDLE_POLL_S = 0.02
 _PROBE_EVERY_S = 1.0
-_PROBE_TIMEOUT_S = 0.2
 # A lost actor reloads its model; a whole fleet lost for this long will not come back by itself.
 _FLEET_LOST_AFTER_S = 300.0
-
-
-@dataclass(slots=True)
-class _Call:
-    """One call on its way to an actor.
-
-    A chunk goes to any actor. A pinned call is about one actor (a pull, a probe); if that actor dies, its answer is
-    None. A restoring pull brings an actor back into service, so its failure is the fleet's.
-    """
-
-    verb: str
-    kwargs: dict[str, Any]
-    future: asyncio.Future[Any]
-    actor_id: int | None = None
-    pinned: bool = False
-    restoring: bool = False
-
-
-@dataclass(slots=True)
-class _Pool:
-    """Calls not yet sent, and calls sent, by tag."""
-
-    waiting: deque[_Call] = field(default_factory=deque)
-    sent: dict[str, _Call] = field(default_factory=dict)
+_PING = "ping"
+# Longer gaps between two looks are the driver's own (it was stopped, or busy), not the actors'.
+_MAX_TICK_S = 1.0
 
 
 class RayFleet:
     """A Fleet of worker actors; see the module."""
 
-    def __init__(self, actors: Sequence[ActorHandle]) -> None:
-        self._manager = FaultTolerantActorManager(
-            list(actors), max_remote_requests_in_flight_per_actor=_IN_FLIGHT_PER_ACTOR
-        )
-        self._actor_names = {number: actor_name(actor) for number, actor in self._manager.actors().items()}
-        self._pool = _Pool()
+    def __init__(
+        self,
+        actors: Sequence[ActorHandle],
+        create: Callable[[], ActorHandle] | None = None,
+        late: Sequence[ActorHandle] = (),
+        patience: Patience | None = None,
+        manager: Actors | None = None,
+    ) -> None:
+        """`actors` are up, `late` ones join when they are. `create` makes one more; without it the fleet is fixed."""
+        self._manager: Actors = manager if manager is not None else RayActors(_IN_FLIGHT_PER_ACTOR)
+        self._create = create
+        self._patience = patience if patience is not None else Patience()
+        self._pool = Pool()
+        self._absent: dict[int, Absence] = {}
+        self._new: set[int] = set()
+        self._leaving: set[int] = set()
         self._snapshots: dict[WeightSlot, SnapshotHandle] = {}
         self._tags = (f"call-{n}" for n in itertools.count())
         self._pump_task: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
+        self._paused = False
+        self._problem = ""
+        self._num_restarts = self._num_hung = 0
         self._next_probe_s = 0.0
-        self._last_healthy_s = time.monotonic()
+        self._watched_s = self._last_healthy_s = 0.0
+        self._looked_s = time.monotonic()
+        for actor in actors:
+            self._add(actor)
+        for actor in late:
+            self._add(actor, new=True)
 
     async def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
         return await self._submit("generate", {"request": request})
@@ -103,7 +114,47 @@ class RayFleet:
     @property
     def num_restarts(self) -> int:
         """How often an actor came back."""
-        return self._manager.total_num_restarts()
+        return self._num_restarts
+
+    def resize(self, num_actors: int) -> None:
+        """Change the number of actors. New ones join when they are up; those that go finish the chunks they have.
+
+        Takes effect at once and returns at once. Must run on the fleet's event loop.
+        """
+        if self._create is None:
+            raise ClusterError("this fleet was made without a way to make actors; its number is fixed")
+        staying = self._staying()
+        self._leaving.update(who_leaves(staying, self._in_service(), len(staying) - num_actors))
+        for _ in range(num_actors - len(staying)):
+            self._add(self._create(), new=True)
+        self._start_pump()
+
+    def pause(self) -> None:
+        """Send no more chunks; those that are under way are finished."""
+        self._paused = True
+
+    def go_on(self) -> None:
+        """End a pause."""
+        self._paused = False
+
+    def status(self) -> PoolStatus:
+        """How many actors are in which state."""
+        staying, in_service, joining = self._staying(), self._in_service(), self._new - self._leaving
+        return PoolStatus(
+            wanted=len(staying),
+            in_service=len(in_service),
+            joining=len(joining),
+            away=len(staying) - len(in_service) - len(joining),
+            leaving=len(self._leaving),
+            restarts=self._num_restarts,
+            hung=self._num_hung,
+            paused=self._paused,
+            problem=self._problem,
+        )
+
+    def handles(self) -> dict[int, ActorHandle]:
+        """The actors in service, by number; numbers are not given twice."""
+        return {actor_id: self._manager.handle(actor_id) for actor_id in self._in_service()}
 
     async def close(self) -> None:
         if self._pump_task is not None:
@@ -111,46 +162,75 @@ class RayFleet:
             await asyncio.gather(self._pump_task, return_exceptions=True)
         for call in self._unfinished():
             call.future.cancel()
-        self._pool = _Pool()
+        self._pool = Pool()
         self._manager.clear()
+
+    def _add(self, actor: ActorHandle, new: bool = False) -> None:
+        actor_id = self._manager.add(actor)
+        if new:
+            self._new.add(actor_id)
+            self._miss(actor_id)
+
+    def _discard(self, actor_id: int) -> None:
+        """Let go of an actor for good; its calls are taken back by whoever looks next."""
+        self._manager.remove(actor_id)
+        self._absent.pop(actor_id, None)
+        self._new.discard(actor_id)
+        self._leaving.discard(actor_id)
+
+    def _miss(self, actor_id: int, hung: bool = False) -> None:
+        """Take an actor out of service until it answers."""
+        self._manager.set_healthy(actor_id, False)
+        self._absent[actor_id] = Absence(self._watched_s, hung)
+
+    def _staying(self) -> list[int]:
+        return [actor_id for actor_id in self._manager.ids() if actor_id not in self._leaving]
 
     async def _on_every_actor(self, verb: str, kwargs: dict[str, Any]) -> list[Any]:
         """One answer per healthy actor, None for those that die meanwhile."""
-        return await asyncio.gather(
-            *(self._submit(verb, kwargs, actor_id) for actor_id in self._manager.healthy_actor_ids())
-        )
+        healthy = [actor_id for actor_id in self._manager.healthy() if actor_id not in self._leaving]
+        return await asyncio.gather(*(self._submit(verb, kwargs, actor_id) for actor_id in healthy))
 
     async def _submit(self, verb: str, kwargs: dict[str, Any], actor_id: int | None = None) -> Any:
         if self._failure is not None:
             raise self._failure
         future = asyncio.get_running_loop().create_future()
-        self._pool.waiting.append(_Call(verb, kwargs, future, actor_id, pinned=actor_id is not None))
-        if self._pump_task is None or self._pump_task.done():
-            self._pump_task = asyncio.create_task(self._pump(), name="rollout fleet")
+        self._pool.waiting.append(Call(verb, kwargs, future, actor_id, pinned=actor_id is not None))
+        self._start_pump()
         return await future
 
+    def _start_pump(self) -> None:
+        if self._pump_task is None or self._pump_task.done():
+            self._looked_s = time.monotonic()
+            self._pump_task = asyncio.create_task(self._pump(), name="rollout fleet")
+
     async def _pump(self) -> None:
-        """Send, fetch and restore until nothing is left to do. Only this task touches the manager's calls."""
+        """Send, fetch, restore and let go until nothing is left to do. Only this task touches the manager's calls."""
         try:
-            while self._pool.waiting or self._pool.sent:
+            while self._pool.waiting or self._pool.sent or self._absent or self._leaving:
+                now = time.monotonic()
+                self._watched_s += min(now - self._looked_s, _MAX_TICK_S)
+                self._looked_s = now
                 self._restore()
                 self._send()
                 self._fetch()
-                await asyncio.sleep(_POLL_S)
+                self._release()
+                idle = not self._pool.sent and (self._paused or not self._pool.waiting)
+                await asyncio.sleep(_IDLE_POLL_S if idle else _POLL_S)
         except Exception as error:  # noqa: BLE001 - whatever stops the pump must reach those who wait on it, not hang them
             self._failure = error
             for call in self._unfinished():
                 # Nobody waits on a restoring pull, and asyncio complains of errors that nobody takes.
                 call.future.cancel() if call.restoring else call.future.set_exception(error)
-            self._pool = _Pool()
+            self._pool = Pool()
 
-    def _unfinished(self) -> list[_Call]:
+    def _unfinished(self) -> list[Call]:
         return [call for call in [*self._pool.waiting, *self._pool.sent.values()] if not call.future.done()]
 
     def _in_service(self) -> list[int]:
-        """Actors that may draw: healthy, and done with the pulls that bring them back."""
-        restoring = {call.actor_id for call in self._pool.sent.values() if call.restoring}
-        return [actor_id for actor_id in self._manager.healthy_actor_ids() if actor_id not in restoring]
+        """Actors that may draw: healthy, done with the pulls that bring them back, and staying."""
+        out = {call.actor_id for call in self._pool.sent.values() if call.restoring} | self._leaving
+        return [actor_id for actor_id in self._manager.healthy() if actor_id not in out]
 
     def _send(self) -> None:
         """Hand waiting calls to actors: pinned ones to theirs at once, chunks to the least busy with room."""
@@ -158,59 +238,93 @@ class RayFleet:
         for call in self._pool.sent.values():
             if not call.pinned and call.actor_id in load:
                 load[call.actor_id] += 1
-        held: deque[_Call] = deque()
+        held: deque[Call] = deque()
         while self._pool.waiting:
             call = self._pool.waiting.popleft()
             if call.future.cancelled():
                 continue
             actor_id = call.actor_id if call.pinned else min(load, key=lambda a: (load[a], a), default=None)
             if not call.pinned:
-                if actor_id is None or load[actor_id] >= _IN_FLIGHT_PER_ACTOR:
+                held_back = self._paused and call.verb == "generate"
+                if held_back or actor_id is None or load[actor_id] >= _IN_FLIGHT_PER_ACTOR:
                     held.append(call)
                     continue
                 load[actor_id] += 1
             self._dispatch(call, actor_id)
         self._pool.waiting.extend(held)
 
-    def _dispatch(self, call: _Call, actor_id: int | None) -> None:
-        call.actor_id = actor_id
+    def _dispatch(self, call: Call, actor_id: int | None) -> None:
+        call.actor_id, call.begun_s = actor_id, None
         tag = next(self._tags)
-        sent = actor_id is not None and self._manager.foreach_actor_async(
-            call.verb, tag=tag, kwargs=call.kwargs, remote_actor_ids=[actor_id]
-        )
-        if sent:
+        if actor_id is not None and self._manager.call(actor_id, call.verb, tag, call.kwargs):
             self._pool.sent[tag] = call
         else:
             self._give_up_actor(call)
 
     def _fetch(self) -> None:
-        results = cast("Iterator[CallResult]", iter(self._manager.fetch_ready_async_reqs(timeout_seconds=0.0)))
-        for result in results:
-            call = self._pool.sent.get(result.tag)
-            outcome = result.get()
-            if call is None or (not result.ok and self._is_away(result.actor_id, outcome)):
+        for answer in self._manager.answers():
+            if answer.tag == _PING:
+                self._answered(answer.actor_id, answer.outcome if answer.failed else None)
+                continue
+            call = self._pool.sent.get(answer.tag)
+            if call is None or (answer.failed and self._is_away(answer.actor_id, answer.outcome)):
                 continue  # what an actor that is away has not done is taken back below
-            del self._pool.sent[result.tag]
+            del self._pool.sent[answer.tag]
+            if not answer.failed:
+                self._patience.learn(call.kind, self._watched_s - (call.begun_s or self._watched_s))
             if call.future.done():
                 continue
-            if result.ok:
-                call.future.set_result(outcome)
+            if not answer.failed:
+                call.future.set_result(answer.outcome)
             elif call.restoring:
-                # The actor would go on with other weights than the rest, or none.
-                raise _plain(call, outcome)
+                self._cannot_restore(answer.actor_id, plain_error(call, answer.outcome))
             else:
                 # An error of the work itself would come again on any actor: it ends the run.
-                call.future.set_exception(_plain(call, outcome))
+                call.future.set_exception(plain_error(call, answer.outcome))
+        self._look_for_hung()
         self._reclaim()
+        self._new.difference_update(self._in_service())
+
+    def _cannot_restore(self, actor_id: int, error: BaseException) -> None:
+        """An actor would go on with other weights than the rest, or none. One that is new was not needed before."""
+        if actor_id not in self._new:
+            raise error
+        self._problem = str(error)
+        if actor_id in self._manager.ids():
+            self._discard(actor_id)
+
+    def _look_for_hung(self) -> None:
+        """Give up actors whose call takes far longer than such calls do. Each works on the first that it was sent."""
+        heads: set[int] = set()
+        for call in self._pool.sent.values():
+            actor_id = call.actor_id
+            if actor_id is None or actor_id in heads or actor_id in self._absent:
+                continue
+            heads.add(actor_id)
+            if call.begun_s is None:
+                call.begun_s = self._watched_s
+            elif self._watched_s - call.begun_s > self._patience.limit_s(call.kind, call.tries):
+                self._num_hung += 1
+                call.tries += 1
+                self._miss(actor_id, hung=True)
+
+    def _release(self) -> None:
+        """Let those go that were to leave and have nothing left to do."""
+        busy = {call.actor_id for call in [*self._pool.sent.values(), *self._pool.waiting] if call.actor_id is not None}
+        for actor_id in self._leaving - busy:
+            self._discard(actor_id)
 
     def _reclaim(self) -> None:
         """Take back what lies with actors that went out of service: the manager drops all their calls at once."""
-        healthy = set(self._manager.healthy_actor_ids())
+        healthy = set(self._manager.healthy())
         lost = [tag for tag, call in self._pool.sent.items() if call.actor_id not in healthy]
         for tag in reversed(lost):
             self._give_up_actor(self._pool.sent.pop(tag))
+        for actor_id in self._manager.ids():
+            if actor_id not in healthy and actor_id not in self._absent:
+                self._absent[actor_id] = Absence(self._watched_s)
 
-    def _give_up_actor(self, call: _Call) -> None:
+    def _give_up_actor(self, call: Call) -> None:
         """The call's actor died: a chunk goes first in the queue, for any other; a pinned call is over."""
         if call.pinned and not call.future.done():
             call.future.set_result(None)
@@ -225,43 +339,55 @@ class RayFleet:
             fresh = unwrap(error)
             return isinstance(fresh, NotPulledError) and fresh.slot in self._snapshots
         if isinstance(error, RayActorError):
-            return error.actor_id in (None, self._actor_names[actor_id])
+            return error.actor_id in (None, self._manager.name(actor_id))
         return isinstance(error, (WorkerCrashedError, NodeDiedError, OutOfMemoryError))
 
     def _restore(self) -> None:
-        """Bring actors back that Ray restarted; they draw when they hold the newest weights of every slot."""
-        now = time.monotonic()
+        """Ask those that are away whether they are there; a hung one that stays silent is started anew."""
+        now = self._watched_s
         if self._in_service():
             self._last_healthy_s = now
         elif now - self._last_healthy_s > _FLEET_LOST_AFTER_S:
             raise ClusterError(
-                f"all {self._manager.num_actors()} rollout actors have been away for {_FLEET_LOST_AFTER_S:.0f} s; "
+                f"all {len(self._manager.ids())} rollout actors have been away for {_FLEET_LOST_AFTER_S:.0f} s; "
                 "look at the cluster's nodes and the actors' logs, then `raylign resume`"
             )
-        if now < self._next_probe_s or self._manager.num_healthy_actors() == self._manager.num_actors():
+        if not self._absent or time.monotonic() < self._next_probe_s:
             return
-        self._next_probe_s = now + _PROBE_EVERY_S
-        for actor_id in self._manager.probe_unhealthy_actors(timeout_seconds=_PROBE_TIMEOUT_S, mark_healthy=True):
-            for slot, snapshot in self._snapshots.items():
-                future = asyncio.get_running_loop().create_future()
-                kwargs = {"snapshot": snapshot, "slot": slot}
-                self._dispatch(_Call("pull", kwargs, future, actor_id, pinned=True, restoring=True), actor_id)
+        self._next_probe_s = time.monotonic() + _PROBE_EVERY_S
+        for actor_id, absence in self._absent.items():
+            if not absence.asked:
+                absence.asked = True
+                self._manager.ask(actor_id, _PING)
+            elif actor_id not in self._new and now - absence.since_s > self._patience.silence_s(absence.hung):
+                absence.since_s, absence.hung = now, False
+                self._manager.restart(actor_id)
 
+    def _answered(self, actor_id: int, error: Exception | None) -> None:
+        """What an actor that was away says: it works again when it holds the newest weights of every slot."""
+        absence = self._absent.get(actor_id)
+        if absence is None:
+            return
+        if error is not None:
+            absence.asked = False
+            self._silent(actor_id, unwrap(error))
+            return
+        del self._absent[actor_id]
+        self._num_restarts += actor_id not in self._new
+        self._manager.set_healthy(actor_id, True)
+        for slot, snapshot in self._snapshots.items():
+            future = asyncio.get_running_loop().create_future()
+            kwargs = {"snapshot": snapshot, "slot": slot}
+            self._dispatch(Call("pull", kwargs, future, actor_id, pinned=True, restoring=True), actor_id)
 
-def _plain(call: _Call, error: Exception) -> BaseException:
-    """The error for whoever waits on a call: Raylign's own as it was, a lost argument with what to do about it."""
-    plain = unwrap(error)
-    reason = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(plain, RaylignError) or not isinstance(reason, RayError):
-        return plain
-    what = (
-        f"the {call.kwargs['slot']} weights that were to be pulled"
-        if call.verb == "pull"
-        else f"what {call.verb} needs"
-    )
-    lost = ClusterError(
-        f"rollout actor {call.actor_id} lives but {what} are lost ({type(reason).__name__}): the learner that made "
-        "them, or its node, is gone. Look at the cluster's nodes and the learner's log, then `raylign resume`"
-    )
-    lost.__cause__ = reason
-    return lost
+    def _silent(self, actor_id: int, error: BaseException) -> None:
+        """An actor did not answer. It is asked again, unless it refuses to work or will never come back."""
+        if actor_id in self._new and isinstance(error, (RaylignError, ActorDiedError)):
+            self._problem = str(error)
+            self._discard(actor_id)
+        elif isinstance(error, ActorDiedError) and self._create is not None:
+            # One that worked and that Ray does not start again, for instance because a person ended it.
+            leaving = actor_id in self._leaving
+            self._discard(actor_id)
+            if not leaving:
+                self._add(self._create(), new=True)

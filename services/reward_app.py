@@ -13,7 +13,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -74,10 +74,12 @@ class RewardService:
         service: ServiceConfig,
         http: bool | None = None,
         name: str = "rewards",
+        where: Mapping[str, Mapping[str, str]] | None = None,
     ) -> RewardService:
         """Deploy on the connected Ray cluster and wait until every reward has loaded; blocking.
 
-        `http` overrides `service.http`. `name` keeps two services on one cluster apart.
+        `http` overrides `service.http`. `name` keeps two services on one cluster apart. `where`: labels of the
+        nodes that a reward's replicas go to, by its name.
         Raises ConfigError for names or a missing token, ClusterError without Ray or when a reward does not start.
         """
         check_names(rewards)
@@ -95,7 +97,10 @@ class RewardService:
         try:
             start_serve()
             deployed = deploy(
-                {app_names[config.name]: reward_application(config, service) for config in rewards},
+                {
+                    app_names[config.name]: reward_application(config, service, (where or {}).get(config.name))
+                    for config in rewards
+                },
                 service.start_timeout_s,
             )
             handles = dict(zip(app_names, deployed, strict=True))
@@ -137,12 +142,9 @@ class RewardService:
         """Let go of the cache's connections; they belong to the event loop that scored."""
         await self._scorer.close()
 
-    def shutdown(self, with_serve: bool = True) -> None:
-        """Close the door, answer what is inside, and remove the applications; blocking.
-
-        `with_serve`: also Serve itself when nothing else runs on it.
-        """
-        remove(self._stages, self._drain_timeout_s, with_serve)
+    def shutdown(self) -> None:
+        """Close the door, answer what is inside, and remove the applications; blocking. Serve itself stays."""
+        remove(self._stages, self._drain_timeout_s)
 
 
 class DeployArgs(Config):
@@ -176,7 +178,6 @@ def run_reward_server(config: RewardServerConfig, on_ready: Callable[[str], None
     def request_stop(signum: int, frame: FrameType | None) -> None:
         stop.set()
 
-    joined = ray.is_initialized()
     # Before anything is started: a signal during the start ends the service as soon as it is up.
     before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -187,7 +188,7 @@ def run_reward_server(config: RewardServerConfig, on_ready: Callable[[str], None
                     on_ready(service.address)
                 stop.wait()
             finally:
-                service.shutdown(with_serve=joined)  # a cluster of our own goes away as a whole
+                service.shutdown()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

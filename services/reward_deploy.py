@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -29,6 +29,7 @@ from services.reward_door import HttpDoor
 from services.reward_http import build_api
 from services.reward_replica import RewardReplica
 from services.reward_scorer import HandleScorer
+from services.run_name import left_behind
 
 HEAD_NODE_RESOURCE = "node:__internal_head__"
 _DELETE_MARGIN_S = 5.0
@@ -78,10 +79,17 @@ def num_cpus(rewards: Sequence[RewardUnion], service: ServiceConfig) -> float:
     return HTTP_CPUS * service.http_replicas + sum(s.max_replicas * s.num_cpus_per_replica for s in servings)
 
 
-def reward_application(config: RewardUnion, service: ServiceConfig) -> Application:
-    """One reward. Its deployment has the reward's name."""
+def reward_application(
+    config: RewardUnion, service: ServiceConfig, where: Mapping[str, str] | None = None
+) -> Application:
+    """One reward. Its deployment has the reward's name. `where`: labels of the nodes that its replicas go to."""
     serving = service.serving(config.name)
-    resources = {"num_cpus": serving.num_cpus_per_replica, "num_gpus": serving.num_gpus_per_replica}
+    resources: dict[str, Any] = {
+        "num_cpus": serving.num_cpus_per_replica,
+        "num_gpus": serving.num_gpus_per_replica,
+    }
+    if where:
+        resources["label_selector"] = dict(where)
     as_deployment = serve.deployment(
         name=config.name,
         # Twice what its batches take, so that the next one fills while others are scored.
@@ -177,21 +185,26 @@ def _reason(app: ApplicationStatusOverview | None) -> str:
     return "; ".join(message.strip() for message in messages if message.strip()) or app.status.value
 
 
-def remove(stages: Sequence[Sequence[str]], drain_timeout_s: float, with_serve: bool = True) -> None:
+def remove(stages: Sequence[Sequence[str]], drain_timeout_s: float) -> None:
     """Delete applications stage by stage, each when the one before has answered the calls it has.
 
-    `with_serve`: also Serve itself, unless something else runs on it.
+    Serve itself stays: on a cluster that others use, one of them may be about to deploy on it.
     """
-    ours = {app for stage in stages for app in stage}
-    for place, stage in enumerate(stages):
+    for stage in stages:
         for app in set(serve.status().applications) & set(stage):
             serve.delete(app, _blocking=False)
-        # Nobody needs the last stage's answers, unless Serve itself stays and the cluster goes away right after.
-        if place + 1 < len(stages) or not with_serve:
-            _wait_until_gone(stage, drain_timeout_s + _DELETE_MARGIN_S)
-    others = {name for name, app in serve.status().applications.items() if app.status != "DELETING"} - ours
-    if with_serve and not others:
-        serve.shutdown()
+        _wait_until_gone(stage, drain_timeout_s + _DELETE_MARGIN_S)
+
+
+def reap(living: Collection[str]) -> list[str]:
+    """Delete the applications of runs that are gone, of which nobody else would; `living` are the runs' names.
+
+    A driver that was killed could not remove its applications, and Serve keeps them for ever. Returns what was deleted.
+    """
+    left = left_behind(serve.status().applications, living)
+    for app in left:
+        serve.delete(app, _blocking=False)
+    return left
 
 
 def _wait_until_gone(apps: Sequence[str], timeout_s: float) -> None:

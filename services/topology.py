@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import os
 import resource
-import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,21 +17,28 @@ from rewards import AnyRewardConfig, make_mix
 from rewards.remote import RewardClient
 from services.assembly import build_engine, build_learner
 from services.config import RunConfig
+from services.elastic import ActorBounds, bounds_of, most_that_fit
 from services.in_process import LocalFleet, LocalLearner
 from services.ray_errors import answer
 from services.reward_config import HTTP_CPUS
 from services.roles import Fleet, LearnerRole, Scorer
+from services.run_name import new_run_name
 from services.scoring import HttpScorer, WithLightMetrics
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+    from services.fleet import RayFleet
     from services.reward_app import RewardService
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 
 ROLE_LABEL = "raylign.io/role"
-"""Ray label of nodes that are set aside: `learner` or `rollout`; deploy/ labels its worker groups with it."""
+"""Ray label of nodes that are set aside: `learner`, `rollout`, `rewards` or `judge` (rewards that need a GPU).
+
+deploy/ labels its worker groups with it.
+"""
+_MEMORY_TIMEOUT_S = 10.0
 
 
 @dataclass(slots=True)
@@ -40,18 +48,25 @@ class Topology:
     fleet: Fleet
     scorer: Scorer
     learner: LearnerRole
-    workers: tuple[ActorHandle, ...] = ()
-    worker_names: tuple[str, ...] = ()
+    pool: RayFleet | None = None
+    """The fleet again, where its number of actors can change: actors and ranks are separate."""
+    _ranks: tuple[ActorHandle, ...] = ()
+    _actors: Callable[[], Mapping[int, ActorHandle]] = dict
     _close: tuple[Callable[[], Awaitable[None]], ...] = ()
     _stop: tuple[Callable[[], None], ...] = ()
 
     async def peak_memory_bytes(self) -> dict[str, int]:
         """Peak resident memory by worker, without workers that are away; this process alone when there are none."""
-        if not self.workers:
+        if not self._ranks:
             return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-        asked = (worker.peak_memory_bytes.remote() for worker in self.workers)
-        peaks = await asyncio.gather(*asked, return_exceptions=True)
-        return {name: peak for name, peak in zip(self.worker_names, peaks, strict=True) if isinstance(peak, int)}
+        # A colocated worker has the learner's name.
+        names = {actor: f"rollout_{number}" for number, actor in self._actors().items()}
+        names |= {rank: f"learner_{place}" for place, rank in enumerate(self._ranks)}
+        asked = {asyncio.ensure_future(worker.peak_memory_bytes.remote()): name for worker, name in names.items()}
+        done, silent = await asyncio.wait(asked, timeout=_MEMORY_TIMEOUT_S)
+        for task in silent:
+            task.cancel()
+        return {name: task.result() for task, name in asked.items() if task in done and task.exception() is None}
 
     async def close(self) -> None:
         await self.fleet.close()
@@ -71,27 +86,62 @@ async def build(config: RunConfig, phase: Phase, own_cluster: bool = True) -> To
     return await _build_on_ray(config, phase, own_cluster)
 
 
-def required_resources(config: RunConfig) -> dict[str, float]:
-    """CPUs and GPUs that the run's actors and reward replicas reserve on a Ray cluster."""
+def required_resources(config: RunConfig, num_actors: int | None = None) -> dict[str, float]:
+    """CPUs and GPUs that the run's actors and reward replicas reserve on a Ray cluster.
+
+    `num_actors`: with so many rollout actors; by default with the fewest that the run starts with.
+    """
     service = config.reward_service
     servings = [service.serving(reward.name) for reward in _served(config)]
     cpus = sum(serving.min_replicas * serving.num_cpus_per_replica for serving in servings)
     cpus += HTTP_CPUS * service.http_replicas if _serves_http(config) else 0
     reward_gpus = sum(serving.min_replicas * serving.num_gpus_per_replica for serving in servings)
-    gpus = config.rollout.num_actors * config.rollout.num_gpus
+    actors = actor_bounds(config).least if num_actors is None else num_actors
+    gpus = actors * config.rollout.num_gpus
     if config.placement == "colocated":
         cpus += config.learner.num_ranks
         gpus = config.learner.num_ranks * max(config.rollout.num_gpus, config.learner.num_gpus_per_rank)
     else:
-        cpus += config.rollout.num_actors + config.learner.num_ranks
+        cpus += actors + config.learner.num_ranks
         gpus += config.learner.num_ranks * config.learner.num_gpus_per_rank
     return {"CPU": cpus, "GPU": gpus + reward_gpus}
+
+
+def local_cpus(config: RunConfig) -> int:
+    """CPUs of a run's own cluster: the machine's, or what the run may reserve at most.
+
+    Phases take turns at staleness 0, so a small machine may well hold more processes than cores.
+    """
+    return max(os.cpu_count() or 1, math.ceil(required_resources(config, actor_bounds(config).most)["CPU"]))
+
+
+def actor_bounds(config: RunConfig) -> ActorBounds:
+    """The fewest rollout actors that the run starts with, and the most that it asks for by itself."""
+    return bounds_of(config.rollout, config.rollout.num_actors)
+
+
+def most_actors(config: RunConfig) -> int:
+    """How many rollout actors the connected cluster could ever hold beside the run's other roles."""
+    import ray
+
+    nodes = ray.nodes()
+    where = role_selector(nodes, "rollout")
+    fit = [node["Resources"] for node in nodes if node["Alive"] and where.items() <= node["Labels"].items()]
+    need = {"CPU": 1.0, "GPU": config.rollout.num_gpus}
+    return most_that_fit(fit, ray.cluster_resources(), need, required_resources(config, num_actors=0))
 
 
 def role_selector(nodes: Sequence[Mapping[str, Any]], role: str) -> dict[str, str]:
     """Keeps a role on the nodes that are set aside for it; {} if none is, and then any node will do."""
     set_aside = any(node["Alive"] and node["Labels"].get(ROLE_LABEL) == role for node in nodes)
     return {ROLE_LABEL: role} if set_aside else {}
+
+
+def reward_selector(nodes: Sequence[Mapping[str, Any]], num_gpus: float) -> dict[str, str]:
+    """Where replicas of a reward go: rewards that need a GPU to judges' nodes, or to rewards' nodes that have one."""
+    able = [node for node in nodes if float(node.get("Resources", {}).get("GPU", 0.0)) >= num_gpus]
+    roles = ("judge", "rewards") if num_gpus > 0 else ("rewards",)
+    return next((found for role in roles if (found := role_selector(able, role))), {})
 
 
 def check_cluster(config: RunConfig) -> None:
@@ -118,38 +168,78 @@ def _build_in_process(config: RunConfig, phase: Phase) -> Topology:
 
 
 async def _build_on_ray(config: RunConfig, phase: Phase, own_cluster: bool) -> Topology:
+    name = new_run_name()
     with phase("workers starting"):
-        rollout_workers, rank_workers = _create_workers(config)
+        create, rollout_workers, rank_workers = _create_workers(config, name)
         # These imports take seconds and the workers load their models meanwhile.
         from services.fleet import RayFleet
         from services.ray_learner import RayLearner
         from services.reward_app import RewardService
-    names = {worker: f"rollout_{place}" for place, worker in enumerate(rollout_workers)}
-    names |= {worker: f"learner_{place}" for place, worker in enumerate(rank_workers)}
-    workers = tuple(names)
+        from services.reward_deploy import reap
+    workers = {*rollout_workers, *rank_workers}
     stop: list[Callable[[], None]] = [] if own_cluster else [lambda: _kill(workers)]
     try:
         with phase("reward service"):
-            # Runs that share a cluster must not share, replace or delete each other's rewards.
-            name = f"raylign-{uuid.uuid4().hex[:8]}"
-            service = RewardService.start(_served(config), config.reward_service, _serves_http(config), name)
+            if not own_cluster:
+                reap(_living())
+            service = RewardService.start(
+                _served(config), config.reward_service, _serves_http(config), name, _reward_places(config)
+            )
             if not own_cluster:
                 stop.append(service.shutdown)
         async with _start_timeout(config.start_timeout_s):
             with phase("learner"):
                 await _join_ranks(rank_workers)
             with phase("rollout actors"):
-                await asyncio.gather(*(answer(worker.ping.remote()) for worker in rollout_workers))
+                least = actor_bounds(config).least if create is not None else len(rollout_workers)
+                up, late = await _first_up(rollout_workers, least)
     except BaseException:  # also Ctrl-C: a joined cluster is left as it was
         for stop_one in stop:
             stop_one()
         raise
-    fleet, learner = RayFleet(rollout_workers), RayLearner(rank_workers, deltas=config.learner.publish == "delta")
+    fleet, learner = RayFleet(up, create, late), RayLearner(rank_workers, deltas=config.learner.publish == "delta")
     over_http = config.reward_service.transport == "http"
     reached = _http_scorer(config, service) if over_http else service
     light = [reward for reward in config.rewards if reward not in _served(config)]
     scorer = WithLightMetrics(reached, make_mix(light)) if light else reached
-    return Topology(fleet, scorer, learner, workers, tuple(names.values()), (reached.close,), tuple(stop))
+    pool = fleet if create is not None else None
+    return Topology(fleet, scorer, learner, pool, tuple(rank_workers), fleet.handles, (reached.close,), tuple(stop))
+
+
+def _reward_places(config: RunConfig) -> dict[str, dict[str, str]]:
+    """By reward: the label of the nodes that its replicas are kept on, where nodes are set aside."""
+    import ray
+
+    nodes = ray.nodes()
+    serving = config.reward_service.serving
+    return {
+        reward.name: reward_selector(nodes, serving(reward.name).num_gpus_per_replica) for reward in _served(config)
+    }
+
+
+def _living() -> set[str]:
+    """Names of the cluster's actors, and so of the runs that have one."""
+    from ray.util import list_named_actors
+
+    named: Any = list_named_actors(all_namespaces=True)
+    return {actor["name"] for actor in named}
+
+
+async def _first_up(workers: Sequence[ActorHandle], least: int) -> tuple[list[ActorHandle], list[ActorHandle]]:
+    """The workers that are up as soon as `least` are, and those that are late. Raises what a worker refuses with."""
+    asked = {asyncio.ensure_future(answer(worker.ping.remote())): worker for worker in workers}
+    waiting = set(asked)
+    try:
+        while len(asked) - len(waiting) < least:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+    finally:
+        for task in asked:
+            # Only the first refusal is told; asyncio complains of errors that nobody takes.
+            task.cancel() if not task.done() else task.exception()
+    up = [worker for task, worker in asked.items() if task not in waiting]
+    return up, [worker for worker in workers if worker not in up]
 
 
 def _served(config: RunConfig) -> list[AnyRewardConfig]:
@@ -189,31 +279,40 @@ async def _start_timeout(seconds: float) -> AsyncGenerator[None]:
         ) from None
 
 
-def _create_workers(config: RunConfig) -> tuple[list[ActorHandle], list[ActorHandle]]:
-    """Rollout workers and learner ranks; the same actors when colocated. Returns before they are up."""
+def _create_workers(
+    config: RunConfig, name: str
+) -> tuple[Callable[[], ActorHandle] | None, list[ActorHandle], list[ActorHandle]]:
+    """What makes one more rollout actor, the rollout workers and the learner ranks. Returns before they are up.
+
+    Colocated workers are both, so their number is fixed. The first rank has the run's name as long as the run lives.
+    """
     import ray
 
     from services.worker_actor import ColocatedWorker, LearnerWorker, RolloutWorker, Worker
 
-    nodes = ray.nodes()
-
     def create(kind: type[Worker], rank: int | None, num_gpus: float) -> Any:
         # A lost rollout actor comes back by itself; a lost rank would come back without its optimiser.
         restarts = -1 if rank is None else 0
-        where = role_selector(nodes, "rollout" if rank is None else "learner")
+        where = role_selector(ray.nodes(), "rollout" if rank is None else "learner")
         actor = ray.remote(kind).options(
-            num_cpus=1, num_gpus=num_gpus, max_restarts=restarts, label_selector=where or None
+            num_cpus=1,
+            num_gpus=num_gpus,
+            max_restarts=restarts,
+            label_selector=where or None,
+            name=name if rank == 0 else None,
         )
         return actor.remote(config, kind is not LearnerWorker, rank)
+
+    def rollout_actor() -> ActorHandle:
+        return create(RolloutWorker, None, config.rollout.num_gpus)
 
     rollout, learner = config.rollout, config.learner
     if config.placement == "colocated":
         gpus = max(rollout.num_gpus, learner.num_gpus_per_rank)
         both = [create(ColocatedWorker, rank, gpus) for rank in range(learner.num_ranks)]
-        return both, both
+        return None, both, both
     ranks = [create(LearnerWorker, rank, learner.num_gpus_per_rank) for rank in range(learner.num_ranks)]
-    actors = [create(RolloutWorker, None, rollout.num_gpus) for _ in range(rollout.num_actors)]
-    return actors, ranks
+    return rollout_actor, [rollout_actor() for _ in range(rollout.num_actors)], ranks
 
 
 async def _join_ranks(ranks: list[ActorHandle]) -> None:
@@ -222,7 +321,7 @@ async def _join_ranks(ranks: list[ActorHandle]) -> None:
     await asyncio.gather(*(answer(rank.join_ranks.remote(f"tcp://{address}")) for rank in ranks))
 
 
-def _kill(workers: tuple[ActorHandle, ...]) -> None:
+def _kill(workers: Iterable[ActorHandle]) -> None:
     import ray
 
     for worker in workers:

@@ -20,9 +20,11 @@ from ray.exceptions import RayActorError
 from raylign.errors import ClusterError, WeightError
 from rollout.drawn import Pulled, Slot
 from services.fleet import RayFleet
+from services.patience import Patience
 from services.process import local_cluster
 from services.ray_errors import NotPulledError
 from services.ray_learner import RayLearner
+from tests.processes import still_running
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,9 +89,13 @@ class Sleeper:
         return version, "receipt"
 
 
-def _actors(count: int, restarts: int = -1) -> list[Any]:
+def _actor(restarts: int = -1, **options: Any) -> Any:
     remote_class: Any = ray.remote(Sleeper)
-    actors = [remote_class.options(num_cpus=0.1, max_restarts=restarts).remote() for _ in range(count)]
+    return remote_class.options(num_cpus=0.1, max_restarts=restarts, **options).remote()
+
+
+def _actors(count: int, restarts: int = -1) -> list[Any]:
+    actors = [_actor(restarts) for _ in range(count)]
     ray.get([actor.ping.remote() for actor in actors])
     return actors
 
@@ -243,7 +249,7 @@ def test_every_call_to_an_actor_that_goes_out_of_service_is_taken_back() -> None
         jobs = [asyncio.create_task(_generate(fleet, n)) for n in range(2)]
         await asyncio.sleep(0.05)
         # What RLlib does at the first error of an actor: all its other calls are forgotten by the manager.
-        fleet._manager.set_actor_state(0, healthy=False)
+        fleet._manager.set_healthy(0, False)
         answers = await asyncio.gather(*jobs)
         assert [answer[2] for answer in answers] == [0, 1]
         await fleet.close()
@@ -321,3 +327,85 @@ def test_cancelled_chunks_do_not_block_the_others() -> None:
         assert fleet._pump_task is None or fleet._pump_task.done()
 
     _run(work)
+
+
+def test_a_fleet_grows_and_shrinks_with_processes_that_really_come_and_go() -> None:
+    async def work() -> None:
+        (first,) = _actors(1)
+        fleet = RayFleet([first], _actor)
+        await fleet.pull(4, "rollout")
+        await fleet.pull(2, "eval")
+        fleet.resize(3)
+        await _until(lambda: fleet.status().in_service == 3)
+        answers = await asyncio.gather(*(_generate(fleet, n) for n in range(12)))
+        assert [(answer[1], answer[2]) for answer in answers] == [(4, n) for n in range(12)]
+        assert len({answer[0] for answer in answers}) == 3, "the new ones draw"
+        leavers = [_process(fleet.handles()[number]) for number in (1, 2)]
+        jobs = [asyncio.create_task(_generate(fleet, n)) for n in range(9)]
+        await _until(lambda: _num_in_flight(fleet) == {0: 2, 1: 2, 2: 2})
+        fleet.resize(1)
+        assert [answer[2] for answer in await asyncio.gather(*jobs)] == list(range(9))
+        await _until(lambda: fleet.status().leaving == 0)
+        assert still_running(leavers) == []
+        assert (fleet.status().wanted, fleet.num_restarts) == (1, 0)
+        assert (await _generate(fleet, 0))[0] == _process(first).pid
+        await fleet.close()
+
+    _run(work)
+
+
+def test_actors_that_find_no_place_do_not_keep_the_others_waiting() -> None:
+    async def work() -> None:
+        nowhere = [_actor(resources={"nowhere": 1}) for _ in range(2)]
+        fleet = RayFleet(_actors(1), _actor, late=nowhere)
+        await fleet.pull(1, "rollout")
+        assert [(await _generate(fleet, n))[2] for n in range(3)] == [0, 1, 2]
+        assert (fleet.status().joining, fleet.status().in_service) == (2, 1)
+        fleet.resize(2)
+        await _until(lambda: len(fleet._manager.ids()) == 2)
+        fleet.resize(1)
+        await _until(lambda: len(fleet._manager.ids()) == 1)
+        await fleet.close()
+
+    _run(work)
+
+
+def test_a_stopped_process_loses_no_chunk_and_is_started_anew() -> None:
+    async def work() -> None:
+        actors = _actors(2)
+        fleet = RayFleet(actors, patience=Patience(least_s=1.5, restart_after_s=1.0))
+        await fleet.pull(6, "rollout")
+        await asyncio.gather(*(_generate(fleet, n) for n in range(4)))
+        victim = _process(actors[1])
+        victim.suspend()
+        answers = await asyncio.gather(*(_generate(fleet, n) for n in range(6)))
+        assert [answer[2] for answer in answers] == list(range(6))
+        assert {answer[0] for answer in answers} == {_process(actors[0]).pid}
+        assert fleet.status().hung == 1
+        await _until(lambda: fleet.status().in_service == 2)
+        assert still_running([victim]) == []
+        answers = await asyncio.gather(*(_generate(fleet, n) for n in range(4)))
+        assert len({answer[0] for answer in answers}) == 2
+        assert {answer[1] for answer in answers} == {6}
+        await fleet.close()
+
+    _run(work, timeout_s=60)
+
+
+def test_a_process_that_goes_on_after_a_stop_pulls_before_it_draws() -> None:
+    async def work() -> None:
+        actors = _actors(2)
+        fleet = RayFleet(actors, patience=Patience(least_s=1.0, restart_after_s=600))
+        await fleet.pull(1, "rollout")
+        await asyncio.gather(*(_generate(fleet, n) for n in range(4)))
+        victim = _process(actors[1])
+        victim.suspend()
+        reports = await fleet.pull(2, "rollout")
+        assert [report.version for report in reports] == [2], "the other one's"
+        victim.resume()
+        await _until(lambda: fleet.status().in_service == 2)
+        answers = await asyncio.gather(*(_generate(fleet, n) for n in range(4)))
+        assert {(answer[0], answer[1]) for answer in answers} == {(_process(actor).pid, 2) for actor in actors}
+        await fleet.close()
+
+    _run(work, timeout_s=60)
