@@ -1,7 +1,7 @@
 """Runs that are killed, damaged, starved of disk, changed and forked, and that go on exactly.
 
-Everything runs in one process per command, without Ray. The processes come from a fork server that has loaded the
-libraries, so that a command costs what it does and not what it imports.
+Everything but a fork onto a cluster runs in one process per command, without Ray. The processes come from a fork server
+that has loaded the libraries, so that a command costs what it does and not what it imports.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ NUM_STEPS = 6
 KINDS: Mapping[str, Sequence[str]] = {
     "flow_grpo": (),
     # Every policy that a learner may keep: old, sampling, reference, and the running mean.
-    "crd": ("--algorithm.type", "crd", "--learner.ema_decay", "0.9"),
+    "crd": ("--algorithm.type", "crd", "--algorithm.num_train_times", "2", "--learner.ema_decay", "0.9"),
     "text": (),
 }
 _SECONDS = "_s"
@@ -57,7 +58,12 @@ class Reference:
     config: Path
     options: Sequence[str]
     run_dir: Path
-    seconds: float
+
+    @property
+    def step_s(self) -> float:
+        """How long a step takes."""
+        lines = (self.run_dir / "metrics.jsonl").read_text().splitlines()
+        return statistics.median(json.loads(line)["time/step_s"] for line in lines[1:])
 
 
 def raylign(arguments: Sequence[str], folder: Path) -> Any:
@@ -122,8 +128,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Refe
             config, options = write(folder, NUM_STEPS), ("--placement", "in_process", *KINDS[kind])
             code, output = run(["train", str(config), "--run-dir", "run", *options], folder)
             assert code == 0, output
-            seconds = float(cli.summary(folder / "run")["train_s"])
-            made[kind] = Reference(config, options, folder / "run", seconds)
+            made[kind] = Reference(config, options, folder / "run")
         return made[kind]
 
     return reference
@@ -176,7 +181,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_the_uninterrupted_one(
         def reached(step: int = step) -> bool:
             return bool(list_checkpoints(run_dir / "checkpoints")) and cli.num_logged(run_dir) >= step
 
-        num_killed += killed(process, reached, moment * reference.seconds / NUM_STEPS)
+        num_killed += killed(process, reached, moment * reference.step_s)
         process = raylign(["resume", "run"], folder)
     code, output = finish(process, folder)
     assert code == 0, output
@@ -249,6 +254,18 @@ def test_a_fork_that_changes_nothing_ends_as_its_parent(references: Callable[[st
     assert sorted(path.name for path in (stopped / "checkpoints").iterdir()) == ["step_2", "step_4"]
 
 
+def test_a_fork_on_a_cluster_of_a_run_without_one_ends_with_its_weights(
+    references: Callable[[str], Reference], stopped: Path
+) -> None:
+    options = ["--placement", "separate", "--rollout.num_actors", "1"]
+    code, output = cli.run(["fork", "run", "--step", "2", "--run-dir", "new", *options], stopped.parent)
+    assert code == 0, output
+    summary, expected = cli.summary(stopped.with_name("new")), cli.summary(references("flow_grpo").run_dir)
+    assert summary["weights_sha256"] == expected["weights_sha256"]
+    assert summary["eval_final"] == expected["eval_final"]
+    assert set(summary["origin"]["changed"]) == {"placement", "rollout.num_actors"}
+
+
 def test_a_fork_of_a_living_run_changes_its_algorithm_and_is_itself_resumed(
     references: Callable[[str], Reference], tmp_path: Path
 ) -> None:
@@ -262,7 +279,7 @@ def test_a_fork_of_a_living_run_changes_its_algorithm_and_is_itself_resumed(
             time.sleep(0.01)
         assert run(["resume", "run"], tmp_path)[0] == 1
         assert f"in use by process {parent.pid}" in (tmp_path / "output.txt").read_text()
-        changed = ["--algorithm.type", "crd", "--learner.lr", "0.001", "--checkpoint.every_steps", "1"]
+        changed = [*KINDS["crd"], "--learner.lr", "0.001", "--checkpoint.every_steps", "1"]
         fork = raylign(["fork", "run", "--run-dir", "new", *changed], tmp_path)
         assert killed(fork, lambda: cli.num_logged(new) >= 2)
         assert parent.exitcode is None, "the parent goes on"
