@@ -36,6 +36,7 @@ from rollout.datasets import PromptFields
 from rollout.drawn import AS_CONFIGURED, EvalPoint
 from rollout.explore import ExploreConfig
 from services.async_checks import check_async
+from services.elastic import ElasticConfig
 from services.explore_checks import check_exploration
 from services.image_checks import check_image_run
 from services.parity import FORMAT_GAPS
@@ -58,11 +59,9 @@ class PromptsConfig(Config):
     """Which columns hold what, where rows have columns."""
 
 
-class RolloutConfig(Config):
+class RolloutConfig(ElasticConfig):
     """The rollout actors."""
 
-    num_actors: int = Field(default=2, ge=1)
-    """Rollout actors; may be changed freely, results stay the same."""
     chunk_size: int | None = Field(default=None, ge=1)
     """Samples per batch; a multiple or a divisor of group_size. One group when not given."""
     precision: RolloutPrecision = "fp32"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
-import math
-import os
 import signal
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -42,10 +40,11 @@ from services.config_changes import (
 )
 from services.console import RunConsole
 from services.controller import Controller
+from services.live import answering, scaling
 from services.observer import RunObserver
 from services.run_dir import RunDir, config_toml, free_space
 from services.run_inputs import RunInputs, read_inputs, with_absolute_paths
-from services.topology import Topology, build, check_cluster, required_resources
+from services.topology import Topology, build, check_cluster, local_cpus
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 _SINKS = ("jsonl", "tensorboard")
@@ -210,9 +209,8 @@ def _cluster(config: RunConfig, folder: Path, address: str | None, console: RunC
                 stack.enter_context(join_cluster(address))
         else:
             # Phases take turns at staleness 0, so a small machine may well hold more processes than cores.
-            num_cpus = max(os.cpu_count() or 1, math.ceil(required_resources(config)["CPU"]))
             with console.phase("Ray cluster"):
-                stack.enter_context(local_cluster(num_cpus, folder))
+                stack.enter_context(local_cluster(local_cpus(config), folder))
         check_cluster(config)
         yield
 
@@ -257,7 +255,7 @@ async def _train(run: _Run, topology: Topology, started_s: float) -> None:
         topology.fleet,
         topology.scorer,
         topology.learner,
-        observer,
+        scaling(config, topology, observer, run.console.note),
         save,
     )
     restore_guard(controller, resumed, config)
@@ -272,10 +270,12 @@ async def _train(run: _Run, topology: Topology, started_s: float) -> None:
         folder.write_summary(await _summary(run, topology, controller.step, observer, record, seconds))
 
     try:
+        live = answering(config, topology, folder.path, lambda: controller.step)
         with _stop_on_signals(controller, run.console):
             if start_step and not earlier and run.inputs.heldout:
                 await controller.evaluate(start_step)  # a fork's first numbers: before its own training
-            await controller.run(start_step)
+            async with live:
+                await controller.run(start_step)
         run.status = "finished" if controller.step == config.num_steps else "stopped"
     except BaseException:  # whatever stopped the run is raised again, and a full disk must not hide it
         with suppress(OSError):

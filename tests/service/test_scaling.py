@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 import ray
 from ray import serve
 
+from raylign.errors import ConfigError, RunDirError
 from rewards.jpeg import JpegConfig
 from rollout.prompts import PromptStream
 from services.config import RunConfig, load_run_config
@@ -26,7 +28,7 @@ from services.process import StartedCluster, local_cluster
 from services.reward_app import RewardService
 from services.reward_config import ServiceConfig
 from services.reward_deploy import reap
-from services.run_control import GoOnAsk, PauseAsk, RunState, StatusAsk, ask
+from services.run_control import CONTROL_FILE, GoOnAsk, PauseAsk, RunState, ScaleAsk, StatusAsk, ask
 from services.run_inputs import read_inputs
 from services.run_name import new_run_name
 from services.topology import _living, build
@@ -194,3 +196,29 @@ def test_the_rewards_of_a_killed_driver_are_removed_by_the_next_run_and_nobody_e
         if driver.stdout is not None:
             driver.stdout.close()
         ray.kill(rank)
+
+
+def test_a_run_of_the_command_line_is_scaled_and_ends_with_the_weights_of_a_fixed_pool(tmp_path: Path) -> None:
+    path = cli.write_config(tmp_path, 30)
+    run_dir = tmp_path / "run"
+    code, output = cli.run(["train", str(path), "--run-dir", "fixed", "--placement", "in_process"], tmp_path)
+    assert code == 0, output
+    bounds = ["--rollout.num_actors", "1", "--rollout.max_actors", "3"]
+    process = cli.start(["train", str(path), "--run-dir", "run", *bounds], tmp_path)
+    try:
+        cli.wait_for(lambda: cli.num_logged(run_dir) >= 1, process)
+        ask(run_dir, PauseAsk())
+        assert stat.S_IMODE((run_dir / CONTROL_FILE).stat().st_mode) == 0o600
+        with pytest.raises(ConfigError, match=r"outside rollout.min_actors 1 to max_actors 3"):
+            ask(run_dir, ScaleAsk(rollout=4))
+        ask(run_dir, ScaleAsk(rollout=3))
+        _until(run_dir, lambda state: state.pool is not None and state.pool.in_service == 3)
+        assert len(cli.workers(process, "RolloutWorker")) == 3
+        ask(run_dir, GoOnAsk())
+        assert process.wait(120) == 0, (tmp_path / "output.txt").read_text()
+    finally:
+        cli.end(process)
+    assert not (run_dir / CONTROL_FILE).exists()
+    assert cli.summary(run_dir)["weights_sha256"] == cli.summary(tmp_path / "fixed")["weights_sha256"]
+    with pytest.raises(RunDirError, match="not live"):
+        ask(run_dir, ScaleAsk(rollout=2))
