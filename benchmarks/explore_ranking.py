@@ -53,7 +53,7 @@ from services.config import RunConfig, load_run_config
 from services.scoring import score_groups
 
 STEPS, CHUNK, KEPT = 10, 24, 24
-FORMATS = ("fp32", "bf16", "fp8", "nvfp4", "mxfp4")
+FORMATS = ("fp32", "fp8", "nvfp4", "mxfp4")
 
 
 def config_of(draft_steps: int, precision: str, options: argparse.Namespace) -> RunConfig:
