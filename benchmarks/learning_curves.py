@@ -87,12 +87,13 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"**{middle:.{digits}f}** ({low:.{digits}f}–{high:.{digits}f})"
 
 
-def reached(values: Sequence[float | None]) -> str:
+def reached(values: Sequence[float | None], digits: int = 0) -> str:
     """Median of where runs arrived, and how many of them did."""
     there = [value for value in values if value is not None]
     if not there:
         return f"0 of {len(values)}"
-    return f"{statistics.median(there):.0f}" + (f" ({len(there)} of {len(values)})" if len(there) < len(values) else "")
+    some = f" ({len(there)} of {len(values)})" if len(there) < len(values) else ""
+    return f"{statistics.median(there):.{digits}f}{some}"
 
 
 def pyplot() -> Any:
