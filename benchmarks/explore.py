@@ -23,17 +23,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from learning_curves import ROOT, crossing, held_out_curve, pyplot, reached, spread, step_rows, train_once
+from learning_curves import ROOT, crossing, held_out_curve, provenance, pyplot, reached, spread, step_rows, train_once
 
 GROUP, GROUPS, POOL, STEPS = 24, 4, 96, 10
 WANTED = 0.93
@@ -225,10 +221,7 @@ def main() -> None:
         runs = [run.result() for run in started]
     clocks = {arm: clock(arm, changes, options) for arm, changes in arms(options).items()}
     data = {
-        "command": "python " + shlex.join(["benchmarks/explore.py", *sys.argv[1:]]),
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
-        "date": datetime.now(tz=UTC).date().isoformat(),
-        "hardware": options.hardware,
+        **provenance(__file__, options.hardware),
         "pool": options.pool,
         "draft_steps": options.draft_steps,
         "wanted": WANTED,

@@ -13,16 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from learning_curves import ROOT, step_rows, train_once
+from learning_curves import ROOT, provenance, step_rows, train_once
 
 POOL, WANTED = 96, 0.02
 ARMS = {
@@ -60,10 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         measured = {arm: measure(arm, options.steps, Path(folder)) for arm in ARMS}
     data = {
-        "command": "python " + shlex.join(["benchmarks/explore_dispatch.py", *sys.argv[1:]]),
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
-        "date": datetime.now(tz=UTC).date().isoformat(),
-        "hardware": options.hardware,
+        **provenance(__file__, options.hardware),
         "wanted": WANTED,
         **measured,
     }
