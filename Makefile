@@ -41,11 +41,11 @@ typecheck: $(STAMP)  ## pyright
 
 test-fast: $(STAMP)  ## Unit, contract and numeric tests (no Ray)
 	@echo "== pytest: unit, contract, numeric"
-	$(BIN)/python -m pytest tests --ignore=tests/service --ignore=tests/vllm -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest tests --ignore=tests/service --ignore=tests/vllm -n auto --maxprocesses 8 --dist worksteal --durations=15 $(ARGS)
 
 test-service: $(STAMP)  ## Tests on a local Ray cluster, processes really killed
 	@echo "== pytest: service"
-	$(BIN)/python -m pytest tests/service $(ARGS)
+	$(BIN)/python -m pytest tests/service --durations=20 $(ARGS)
 
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## Judges against a real vLLM server on CPU, from its own .venv-vllm
 	@echo "== pytest: vllm"

@@ -24,19 +24,16 @@ import asyncio
 import itertools
 import json
 import os
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from learning_curves import ROOT, pyplot
+from learning_curves import ROOT, provenance, pyplot
 
 from learner.checkpoint import list_checkpoints, load_checkpoint
 from learner.state import policy_tensors
@@ -53,7 +50,7 @@ from services.config import RunConfig, load_run_config
 from services.scoring import score_groups
 
 STEPS, CHUNK, KEPT = 10, 24, 24
-FORMATS = ("fp32", "bf16", "fp8", "nvfp4", "mxfp4")
+FORMATS = ("fp32", "fp8", "nvfp4", "mxfp4")
 
 
 def config_of(draft_steps: int, precision: str, options: argparse.Namespace) -> RunConfig:
@@ -215,10 +212,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = measure(options)
     data = {
-        "command": "python " + shlex.join(["benchmarks/explore_ranking.py", *sys.argv[1:]]),
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
-        "date": datetime.now(tz=UTC).date().isoformat(),
-        "hardware": options.hardware,
+        **provenance(__file__, options.hardware),
         "prompts": options.prompts,
         "pool": options.pool,
         "rows": rows,

@@ -18,19 +18,25 @@ import argparse
 import functools
 import json
 import os
-import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from learning_curves import ROOT, at, crossing, held_out_curve, pyplot, reached, spread, step_rows, train_once
+from learning_curves import (
+    at,
+    crossing,
+    held_out_curve,
+    provenance,
+    pyplot,
+    reached,
+    spread,
+    step_rows,
+    train_once,
+)
 
 from learner.checkpoint import list_checkpoints, load_checkpoint
 from learner.state import policy_tensors
@@ -231,10 +237,7 @@ def main() -> None:
         folders = list(pool.map(lambda job: train(job, options), jobs))
     runs = [read(job, folder) for job, folder in zip(jobs, folders, strict=True)]
     settings = {
-        "command": "python " + shlex.join(["benchmarks/image_algorithms.py", *sys.argv[1:]]),
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
-        "date": datetime.now(tz=UTC).date().isoformat(),
-        "hardware": options.hardware,
+        **provenance(__file__, options.hardware),
         "steps": options.steps,
         "samples_per_step": SAMPLES_PER_STEP,
         "wanted": WANTED,

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -87,12 +88,23 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"**{middle:.{digits}f}** ({low:.{digits}f}–{high:.{digits}f})"
 
 
-def reached(values: Sequence[float | None]) -> str:
+def reached(values: Sequence[float | None], digits: int = 0) -> str:
     """Median of where runs arrived, and how many of them did."""
     there = [value for value in values if value is not None]
     if not there:
         return f"0 of {len(values)}"
-    return f"{statistics.median(there):.0f}" + (f" ({len(there)} of {len(values)})" if len(there) < len(values) else "")
+    some = f" ({len(there)} of {len(values)})" if len(there) < len(values) else ""
+    return f"{statistics.median(there):.{digits}f}{some}"
+
+
+def provenance(program: str, hardware: str) -> dict[str, str]:
+    """By which command, from which commit, when and where something was measured."""
+    return {
+        "command": "python " + shlex.join([f"benchmarks/{Path(program).name}", *sys.argv[1:]]),
+        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
+        "date": datetime.now(tz=UTC).date().isoformat(),
+        "hardware": hardware,
+    }
 
 
 def pyplot() -> Any:

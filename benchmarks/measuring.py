@@ -95,11 +95,13 @@ def make_parser(description: str | None, numbers: Sequence[tuple[str, int, str]]
     return parser
 
 
-def parse_with_device(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parsed options, of a device that is there."""
+def parse_with_device(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, small: str = "--geometry small"
+) -> argparse.Namespace:
+    """Parsed options, of a device that is there. small: the option that suits a CPU."""
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch finds no CUDA device; use --device cpu --geometry small")
+        parser.error(f"--device cuda, but torch finds no CUDA device; use --device cpu {small}")
     return options
 
 

@@ -29,6 +29,7 @@ from raylign.errors import CheckpointError, RewardError
 from raylign.models.base import Conditioning
 from raylign.models.tokens import BUDGET_HEAD, TokenPrompts, finite_logits, probed
 from raylign.precision import Precision
+from raylign.precision.broadcast import Packing, make_packed_snapshot
 from raylign.types import RolloutGroup, StepResult, WeightVersion
 from raylign.weight_delta import worthwhile_delta
 from raylign.weights import SnapshotKind, WeightSnapshot
@@ -77,9 +78,10 @@ class LearnerConfig(Config):
     """Compute precision; master weights are fp32 either way."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    publish: Literal["whole", "delta"] = "whole"
-    """What goes to rollout actors of other processes: all trained weights, or what changed since the last version where
-    that is less. A delta keeps a copy of the last version in host memory; it pays over slow networks only."""
+    publish: Literal["whole", "delta", "packed"] = "whole"
+    """What goes to rollout actors: all trained weights; what changed since the last version, to other processes, where
+    that is less (a delta keeps a copy of the last version in host memory; it pays over slow networks only); or, packed,
+    the layers that rollouts compute below bf16 as the learner quantised them, and the rest whole."""
 
     @property
     def num_updates(self) -> int:
@@ -100,11 +102,13 @@ class Learner:
         micro_batch_size: int,
         run_seed: int,
         ranks: RankGroup | None = None,
+        packing: Packing | None = None,
     ) -> None:
         """`policy` (a DenoisingPolicy or a TokenPolicy) is loaded with role "learner"; `sampler` (of pictures or of
         tokens) and `guidance_scale` are the rollouts'.
 
         `micro_batch_size` is what `config.micro_batch_size` resolves to: the rollout chunk size when it is None.
+        `packing`: what of the rollout policy is published quantised; nothing when not given.
         """
         self.config = config
         self.policy = policy
@@ -134,6 +138,7 @@ class Learner:
         self._num_optimiser_steps = 0
         self._batches: tuple[TrainBatch, ...] = ()
         self._tally = MetricTally((), policy.device)
+        self._packing = packing
         self._published: dict[Which, WeightSnapshot] = {}
 
     @property
@@ -224,9 +229,15 @@ class Learner:
         return metrics
 
     def publish(self, version: WeightVersion, which: Which = "rollout") -> WeightSnapshot:
-        """A verified snapshot of one of the learner's policies. A copy: safe to send."""
+        """A verified snapshot of one of the learner's policies. A copy: safe to send.
+
+        Raises NumericsError, naming the layer, if a weight to be packed is not finite.
+        """
         relative = self._relative(which)
-        return self.policy.export_weights(version, None if relative is None else self.policies.relatives[relative])
+        tensors = None if relative is None else self.policies.relatives[relative]
+        if self._packing is not None and which == "rollout":
+            return make_packed_snapshot(self._packing, self._parameters if tensors is None else tensors, version)
+        return self.policy.export_weights(version, tensors)
 
     def publish_changes(
         self, version: WeightVersion, which: Which = "rollout"

@@ -21,7 +21,7 @@ import torch
 from raylign.errors import WeightError
 from raylign.types import WeightVersion
 
-SnapshotKind = Literal["adapter", "full", "delta"]
+SnapshotKind = Literal["adapter", "full", "delta", "packed"]
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -31,6 +31,7 @@ _WIRE: dict[torch.dtype, tuple[str, type[np.generic]]] = {
     torch.float16: ("float16", np.float16),
     torch.bfloat16: ("bfloat16", np.int16),
     torch.float8_e4m3fn: ("float8_e4m3fn", np.uint8),
+    torch.float8_e8m0fnu: ("float8_e8m0fnu", np.uint8),
     torch.uint8: ("uint8", np.uint8),
 }
 _TORCH = {name: dtype for dtype, (name, _) in _WIRE.items()}
@@ -68,7 +69,8 @@ class WeightSnapshot:
     """One published policy. `lora_scale` (alpha / rank) is what a fold multiplies an adapter by.
 
     A snapshot of kind "delta" has a `base`: its arrays are what changed since (`raylign.weight_delta`), its index and
-    hashes are those of the weights that come out. Only whole snapshots can be loaded.
+    hashes are those of the weights that come out. Only whole snapshots can be loaded. One of kind "packed" holds some
+    weights quantised, for a low-precision copy to take (`raylign.precision.broadcast`).
     """
 
     version: WeightVersion

@@ -18,6 +18,8 @@ import torch
 from raylign.errors import ConfigError, WeightError
 from raylign.models.base import DenoisingPolicy
 from raylign.models.tokens import TokenPolicy
+from raylign.precision.broadcast import load_high
+from raylign.precision.packed import Packed
 from raylign.precision.shadow import Shadow
 from raylign.types import LatentTrajectory, Rollout, RolloutGroup, RolloutStatus, SampleKey, WeightVersion
 from raylign.weight_delta import apply_delta
@@ -89,16 +91,16 @@ class RolloutEngine(Generic[PolicyT]):
     def pull(self, snapshot: WeightSnapshot, slot: WeightSlot = "rollout") -> Pulled:
         """Verify and load a published snapshot, between batches. Raises WeightError and keeps the old on a fault.
 
-        A delta is applied to what the slot pulled last. Low-precision copies are made anew from the rollout weights, in
-        the memory they are in.
+        A delta is applied to what the slot pulled last. Low-precision copies are made anew from the rollout weights, or
+        taken as the learner packed them, in the memory they are in.
         """
         started_s = time.perf_counter()
         whole = apply_delta(self._snapshots.get(slot), snapshot) if snapshot.kind == "delta" else snapshot
-        self.policy.load_weights(whole)
+        packed = self._load(whole, slot)
         self._snapshots[slot] = whole
         self._loaded = slot
         loaded_s = time.perf_counter() - started_s
-        copies = [low.shadow.refresh() for low in self._low.values()] if slot == "rollout" else []
+        copies = [low.shadow.refresh(packed) for low in self._low.values()] if slot == "rollout" else []
         return Pulled(
             snapshot.version,
             snapshot.num_bytes,
@@ -147,9 +149,22 @@ class RolloutEngine(Generic[PolicyT]):
         if slot not in self._snapshots:
             raise WeightError(f"no {slot} weights were pulled yet; pull a snapshot before generating")
         if self._loaded != slot:
-            self.policy.load_weights(self._snapshots[slot])
+            self._load(self._snapshots[slot], slot)
             self._loaded = slot
         return self._snapshots[slot].version
+
+    def _load(self, snapshot: WeightSnapshot, slot: WeightSlot) -> Mapping[str, Packed]:
+        """Verify a snapshot and swap in what it holds in high precision; the rest is for the low-precision copy."""
+        if snapshot.kind != "packed":
+            self.policy.load_weights(snapshot)
+            return {}
+        low = self._low.get("rollout")
+        if slot != "rollout" or low is None:
+            raise WeightError(
+                f"snapshot {snapshot.version} is packed, for rollouts below bf16, and slot {slot!r} of this actor "
+                "computes with whole weights; publish them whole"
+            )
+        return load_high(snapshot, self.policy.trainable_parameters(), low.shadow)
 
 
 def outputs_only(group: RolloutGroup) -> RolloutGroup:

@@ -12,7 +12,8 @@ from learner.parallel import RankGroup
 from raylign.keys import derive_seed
 from raylign.models import load_policy
 from raylign.models.tokens import TokenPolicy
-from raylign.precision import Precision, base_precision
+from raylign.precision import DTYPES, Precision, base_precision
+from raylign.precision.broadcast import Packing, make_packing
 from raylign.precision.kept_high import layers_to_quantise
 from raylign.precision.quantizer import make_quantizer
 from raylign.precision.shadow import Shadow, linear_sizes
@@ -68,7 +69,7 @@ def build_learner(config: RunConfig, ranks: RankGroup) -> Learner:
     device = "cuda" if config.learner.num_gpus_per_rank > 0 else "cpu"
     # What an adapter is added to is frozen and may be small; what is trained stays fp32.
     precision = config.learner.precision if config.model.tuning == "lora" else "fp32"
-    policy = load_policy(config.model, "learner", device, precision, False, adapter_seed(config))
+    policy: Any = load_policy(config.model, "learner", device, precision, False, adapter_seed(config))
     return Learner(
         config.learner,
         config.algorithm,
@@ -78,7 +79,19 @@ def build_learner(config: RunConfig, ranks: RankGroup) -> Learner:
         micro_batch_size=config.micro_batch_size,
         run_seed=config.seed,
         ranks=ranks,
+        packing=packing(config, policy.network),
     )
+
+
+def packing(config: RunConfig, network: Any) -> Packing | None:
+    """What the learner publishes packed: the layers that rollout actors quantise, in the precision they hold."""
+    format_name = low_precision_slots(config.rollout.precision, config.rollout.explore).get("rollout")
+    if config.learner.publish != "packed" or format_name is None:
+        return None
+    quantizer = config.rollout.quantizer
+    layers = layers_to_quantise(linear_sizes(network), config.model.type, quantizer)
+    held = DTYPES[base_precision(config.rollout.precision)]
+    return make_packing(network, layers, format_name, quantizer.weight_tile, held)
 
 
 def sampler_setup(policy: Any, sampler: Any, needs: Needs, latents: Precision = "fp32") -> SamplerSetup | TokenSetup:

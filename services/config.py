@@ -40,7 +40,7 @@ from services.elastic import ElasticConfig
 from services.explore_checks import check_exploration
 from services.image_checks import check_image_run
 from services.parity import FORMAT_GAPS
-from services.precision_checks import check_precision
+from services.precision_checks import check_packed_publication, check_precision
 from services.reward_config import ServiceConfig
 from services.staleness import AsyncGuardConfig
 from services.text_checks import check_text_run
@@ -247,6 +247,8 @@ class RunConfig(Config):
             self.algorithm.type,
             self.rollout.num_gpus > 0,
         )
+        if self.learner.publish == "packed":
+            check_packed_publication(self.model.tuning, self.rollout.precision, self.rollout.explore)
         if self.placement == "in_process" and self.max_staleness:
             raise ValueError(
                 f"in_process runs one thing at a time, so max_staleness must be 0, got {self.max_staleness}"

@@ -6,6 +6,8 @@ nothing of how they were drawn. Nothing that enters a policy ratio may come from
 
 from __future__ import annotations
 
+from typing import Literal
+
 from raylign.errors import ConfigError
 from raylign.precision import Format, RolloutPrecision
 from raylign.precision.config import QuantizerConfig
@@ -46,6 +48,28 @@ def check_precision(
     if not on_gpu:
         for format_name in slots.values():
             make_quantizer(format_name, quantizer, "cpu")
+
+
+def check_packed_publication(
+    tuning: Literal["lora", "full"], precision: RolloutPrecision, explore: ExploreConfig | None
+) -> None:
+    """Raise ConfigError where `learner.publish = "packed"` has nothing to pack, or nothing to save."""
+    if tuning == "lora":
+        raise ConfigError(
+            "learner.publish = 'packed' is for model.tuning = 'full': with a LoRA the adapter travels, which is less "
+            "than packed weights; set learner.publish = 'whole'"
+        )
+    if precision not in ("fp32", "bf16"):
+        return
+    if explore is not None and explore.regenerate:
+        raise ConfigError(
+            f"learner.publish = 'packed' leaves out the weights that rollout.explore draws the chosen samples again "
+            f"with, in {precision}; set learner.publish = 'whole' or 'delta'"
+        )
+    raise ConfigError(
+        f"learner.publish = 'packed' sends what rollouts compute with in 'fp8', 'nvfp4' or 'mxfp4', and "
+        f"rollout.precision is {precision!r}; set one of these, or learner.publish = 'whole' or 'delta'"
+    )
 
 
 def _check_drafts(precision: RolloutPrecision, explore: ExploreConfig) -> None:

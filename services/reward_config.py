@@ -7,9 +7,9 @@ import os
 from collections.abc import Collection
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_serializer, model_validator
 
 from raylign.config import Config
 from raylign.errors import ConfigError
@@ -72,6 +72,12 @@ class ServingConfig(Config):
         if self.autoscaling is not None and "num_replicas" in self.model_fields_set:
             raise ValueError("num_replicas and autoscaling are both given; keep one of them")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_one_way_to_count(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is written reads back: without the count that autoscaling stands in place of."""
+        data = write(self)
+        return data if self.autoscaling is None else {key: data[key] for key in data if key != "num_replicas"}
 
     @property
     def max_replicas(self) -> int:
@@ -156,6 +162,11 @@ class ServiceConfig(ServingConfig):
     """Most requests per second from one address, on average; bursts of a second's worth pass. No limit by default."""
     replay_s: float = Field(default=300.0, ge=0)
     """How long an answer is kept for a client that repeats its request under the same id; 0 keeps none."""
+
+    @field_serializer("per_reward")
+    def _as_given(self, tables: dict[str, ServingConfig]) -> dict[str, dict[str, Any]]:
+        """Without the defaults: read back, they would stand above the keys that all rewards have."""
+        return {name: table.model_dump(mode="json", exclude_unset=True) for name, table in tables.items()}
 
     def serving(self, reward: str) -> ServingConfig:
         """How the reward of this name is served."""

@@ -14,7 +14,8 @@ class QuantizedLinear(nn.Module):
     """`nn.Linear` with a packed weight: buffers that `repack` overwrites in place, and the original's own bias.
 
     The buffers keep their storage for life, so a compiled graph or a captured CUDA graph stays valid over weight
-    versions. They are left out of state dicts: a checkpoint holds the weights they come from.
+    versions. They are left out of state dicts: a checkpoint holds the weights they come from. `part_shapes` are those
+    of a packed weight's tensors as they travel, before a backend arranges them.
     """
 
     def __init__(self, quantizer: Quantizer, weight_OI: torch.Tensor, bias: nn.Parameter | None = None) -> None:
@@ -24,6 +25,7 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = packed.shape
         self.bias = bias
         self._working_OI: torch.Tensor | None = None
+        self.part_shapes = {name: tuple(tensor.shape) for name, tensor in packed.tensors.items()}
         arranged = quantizer.arrange(packed)
         self._names = tuple(arranged.tensors)
         for name, tensor in arranged.tensors.items():
@@ -48,7 +50,9 @@ class QuantizedLinear(nn.Module):
                 f"this layer holds {self.quantizer.format} of shape {(self.out_features, self.in_features)}, got "
                 f"{packed.format} of shape {packed.shape}; the sender's `[rollout]` precision must be the same"
             )
-        for name, tensor in self.quantizer.arrange(packed).tensors.items():
+        device = self.get_buffer(self._names[0]).device
+        here = Packed(packed.format, packed.shape, {name: part.to(device) for name, part in packed.tensors.items()})
+        for name, tensor in self.quantizer.arrange(here).tensors.items():
             self.get_buffer(name).copy_(tensor)
         if self._working_OI is not None:
             self._working_OI.copy_(self.quantizer.unpack(self.packed, self._working_OI.dtype))

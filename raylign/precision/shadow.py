@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 from raylign.errors import NumericsError
+from raylign.precision import Format
 from raylign.precision.linear import QuantizedLinear
+from raylign.precision.packed import Packed
 from raylign.precision.quantizer import Quantizer
 
 
@@ -50,19 +52,24 @@ class Shadow:
         self._copied: list[_Copied] = []
         for name in layers:
             source = network.get_submodule(name)
-            with _named(name):
+            with naming_layer(name):
                 layer = QuantizedLinear(quantizer, effective_weight(source), _linear(source).bias)
             self.network.set_submodule(name, layer)
             self._copied.append(_Copied(name, source, layer))
 
-    def refresh(self) -> Refreshed:
+    def refresh(self, received: Mapping[str, Packed] | None = None) -> Refreshed:
         """Quantise the network's weights as they are now, an attached adapter added, into the memory of the old ones.
 
-        What was quantised before leaves no trace. Raises NumericsError naming a layer that is not finite.
+        received: layers whose weight was packed elsewhere, to take as it is. What was quantised before leaves no trace.
+        Raises NumericsError naming a layer that is not finite.
         """
         started_s = time.perf_counter()
         for copied in self._copied:
-            with _named(copied.name):
+            packed = (received or {}).get(copied.name)
+            if packed is not None:
+                copied.layer.load_packed(packed)
+                continue
+            with naming_layer(copied.name):
                 copied.layer.repack(effective_weight(copied.source))
         _synchronise(self._copied[0].layer)
         return Refreshed(time.perf_counter() - started_s, self.packed_bytes)
@@ -77,6 +84,16 @@ class Shadow:
         finally:
             for copied in self._copied:
                 copied.layer.release()
+
+    @property
+    def format(self) -> Format:
+        """The number format of the packed weights."""
+        return self._quantizer.format
+
+    @property
+    def layers(self) -> dict[str, QuantizedLinear]:
+        """The layers that hold their weight packed, by name."""
+        return {copied.name: copied.layer for copied in self._copied}
 
     @property
     def packed_bytes(self) -> int:
@@ -129,7 +146,7 @@ def _linear(layer: nn.Module) -> nn.Linear:
 
 
 @contextmanager
-def _named(name: str) -> Generator[None]:
+def naming_layer(name: str) -> Generator[None]:
     """Say which layer a number is from."""
     try:
         yield

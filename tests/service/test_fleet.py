@@ -307,7 +307,8 @@ def test_a_snapshot_whose_maker_died_is_an_error_and_not_a_pull() -> None:
 def test_a_learner_that_dies_while_it_publishes_is_noticed_at_once() -> None:
     async def work() -> None:
         learner = RayLearner(_actors(1, restarts=0))
-        assert ray.get(await learner.publish(3, "rollout")) == 3
+        published: Any = await learner.publish(3, "rollout")
+        assert ray.get(published) == 3
         with pytest.raises(RayActorError):
             await learner.publish(4, "dies")  # type: ignore[arg-type]
 

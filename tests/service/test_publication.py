@@ -103,14 +103,18 @@ def test_actors_follow_by_deltas_newcomers_by_the_whole_and_large_changes_travel
     asyncio.run(asyncio.wait_for(work(), 60))
 
 
-def test_a_run_that_publishes_changes_ends_with_the_same_weights(tmp_path: Path) -> None:
+LOW = ["--algorithm.type", "nft", "--sampler.type", "euler_ode", "--rollout.precision", "nvfp4"]
+
+
+@pytest.mark.parametrize(("publish", "options"), [("delta", ["--learner.lr", "1e-6"]), ("packed", LOW)])
+def test_a_run_ends_with_the_same_weights_however_they_travel(publish: str, options: list[str], tmp_path: Path) -> None:
     hashes: list[str] = []
-    for publish in ("whole", "delta"):
-        folder = tmp_path / publish
+    for how, placement in (("whole", "in_process"), (publish, "separate")):
+        folder = tmp_path / how
         folder.mkdir()
         config = cli.write_config(folder, 2)
-        options = ["--learner.publish", publish, "--placement", "separate", "--learner.lr", "1e-6"]
-        code, output = cli.run(["train", str(config), "--run-dir", str(folder / "run"), *options], folder)
+        arguments = ["--learner.publish", how, "--placement", placement, *options]
+        code, output = cli.run(["train", str(config), "--run-dir", str(folder / "run"), *arguments], folder)
         assert code == 0, output
         hashes.append(cli.summary(folder / "run")["weights_sha256"])
     assert hashes[0] == hashes[1]

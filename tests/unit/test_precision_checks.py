@@ -60,6 +60,22 @@ def test_a_format_that_the_cpu_cannot_compute_is_refused_when_the_configuration_
     assert _config(quantizer={"require_native": True}).rollout.quantizer.require_native
 
 
+def _packed(tuning: str = "full", **rollout: Any) -> RunConfig:
+    values = {"model": {"type": "sd3", "tuning": tuning}, "learner": {"publish": "packed"}, "rollout": rollout}
+    return parse_config(RunConfig, values, "the test")
+
+
+def test_packed_weights_are_published_only_where_rollouts_compute_with_them_and_an_adapter_is_not_less() -> None:
+    assert _packed(precision="nvfp4").learner.publish == "packed"
+    assert _packed(precision="mxfp4", explore={"regenerate": False}).learner.publish == "packed"
+    with pytest.raises(ConfigError, match=r"'packed' is for model.tuning = 'full': .* set learner.publish = 'whole'"):
+        _packed("lora", precision="nvfp4")
+    with pytest.raises(ConfigError, match=r"rollout.precision is 'bf16'; set one of these, or learner.publish"):
+        _packed(precision="bf16")
+    with pytest.raises(ConfigError, match=r"draws the chosen samples again with, in bf16; set learner.publish"):
+        _packed(precision="bf16", explore={"precision": "nvfp4"})
+
+
 def test_the_parity_gate_tolerates_what_the_rollouts_format_explains_and_ignores_the_drafts() -> None:
     assert _config(precision="mxfp4").parity_tolerance == FORMAT_GAPS["mxfp4"]
     assert _config(precision="mxfp4", parity_tolerance=0.01).parity_tolerance == 0.01

@@ -1,13 +1,16 @@
 """The service's configuration: typos, names, and when a token is needed."""
 
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from raylign.config import load_config, parse_config
 from raylign.errors import ConfigError
+from services.config import RunConfig
 from services.reward_config import CacheConfig, RewardServerConfig, ServiceConfig, is_loopback
+from services.run_dir import config_toml
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "rewards_cpu.toml"
 
@@ -108,3 +111,17 @@ def test_a_token_is_needed_off_loopback(tmp_path: Path) -> None:
         ServiceConfig(token_file=file).read_token()
     with pytest.raises(ConfigError, match="cannot read token_file"):
         ServiceConfig(token_file=tmp_path / "missing").read_token()
+
+
+@pytest.mark.parametrize(
+    "service",
+    [
+        {"max_batch_size": 32, "per_reward": {"ocr": {"num_replicas": 2}}},
+        {"autoscaling": {"max_replicas": 3}},
+        {"max_batch_size": 32, "per_reward": {"ocr": {"autoscaling": {"max_replicas": 3}}}},
+    ],
+)
+def test_what_a_run_writes_down_serves_its_rewards_in_the_same_way(service: dict[str, object]) -> None:
+    config = parse_config(RunConfig, {"reward_service": service}, "")
+    read = parse_config(RunConfig, tomllib.loads(config_toml(config)), "")
+    assert read.reward_service.serving("ocr") == config.reward_service.serving("ocr")
