@@ -73,17 +73,18 @@ class ScriptedServer:
             self.busiest = max(self.busiest, self.busy)
         try:
             status, headers, content = self.routes[handler.path](body)
-            if content is None:
-                return
-            data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
-            handler.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(data))}.items():
-                handler.send_header(name, value)
-            handler.end_headers()
-            handler.wfile.write(data)
         finally:
+            # Before the reply leaves: whoever reads it may have the next question here at once.
             with self._lock:
                 self.busy -= 1
+        if content is None:
+            return
+        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        handler.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(data)
 
     def chats(self) -> list[Any]:
         return [body for path, body in self.asked if path.endswith("/chat/completions")]
