@@ -18,7 +18,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from raylign.errors import ConfigError, RunDirError
 
@@ -153,11 +153,26 @@ class TensorBoardSink:
         self._file.flush()
 
 
+class Closeable(Protocol):
+    """What has files or threads of its own to let go of."""
+
+    def close(self) -> None: ...
+
+
+CloseableT = TypeVar("CloseableT", bound=Closeable)
+
+
 class SinkFan:
     """Several sinks as one. Every sink is closed even if one of them fails to."""
 
     def __init__(self, sinks: Sequence[MetricsSink]) -> None:
         self._sinks = tuple(sinks)
+        self._others: list[Closeable] = []
+
+    def closing(self, other: CloseableT) -> CloseableT:
+        """Something else that is written during the run, to be closed with the sinks; returns it."""
+        self._others.append(other)
+        return other
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for sink in self._sinks:
@@ -169,8 +184,8 @@ class SinkFan:
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:
-            for sink in self._sinks:
-                stack.callback(sink.close)
+            for one in (*self._sinks, *self._others):
+                stack.callback(one.close)
 
 
 SINKS: dict[str, Callable[[Path, int | None], MetricsSink]] = {

@@ -41,6 +41,7 @@ from services.explore_checks import check_exploration
 from services.image_checks import check_image_run
 from services.parity import FORMAT_GAPS
 from services.precision_checks import check_packed_publication, check_precision
+from services.record import RecordConfig
 from services.reward_config import ServiceConfig
 from services.staleness import AsyncGuardConfig
 from services.text_checks import check_text_run
@@ -154,6 +155,7 @@ class RunConfig(Config):
     learner: LearnerConfig = LearnerConfig()
     async_guard: AsyncGuardConfig = AsyncGuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    record: RecordConfig = RecordConfig()
     eval: EvalConfig = EvalConfig()
 
     @property

@@ -11,12 +11,15 @@ import numpy as np
 from raylign.metrics import MetricsSink
 from raylign.types import Rollout, RolloutGroup
 from rollout.drawn import AS_CONFIGURED, EvalPoint
+from services.confidence import interval_metrics
 from services.console import RunConsole
 from services.explore_picture import explored_sheet
 from services.frontier import FrontierSeries, frontier_json, measure, quality_of, read_frontier
 from services.frontier_picture import Curve, draw_frontier
 from services.headlines import headline_means, is_metric
 from services.pictures import BeforeAfterRow, Caption, before_after, grid, save_png
+from services.record import GroupRecorder
+from services.record_files import RecordKind
 from services.reward_gap import gap_metrics, gap_points, gaps_json, read_gaps, say_gaps
 from services.reward_gap_picture import draw_panels, run_panels
 from services.run_dir import RunDir, write_atomic
@@ -38,9 +41,11 @@ class RunObserver:
         console: RunConsole,
         seconds_before: float = 0.0,
         held_out: Collection[str] = (),
+        recorder: GroupRecorder | None = None,
     ) -> None:
-        """`held_out` are the names of the rewards that are held-out metrics."""
+        """`held_out` are the names of the rewards that are held-out metrics; `recorder` keeps groups to look at."""
         self._held_out = held_out
+        self._recorder = recorder
         self._run = run
         self._sinks = sinks
         self._console = console
@@ -55,7 +60,9 @@ class RunObserver:
 
     def stepped(self, step: int, metrics: Mapping[str, float], groups: Sequence[RolloutGroup]) -> None:
         everything = {**metrics, "time/since_start_s": self.seconds}
-        self._sinks.log(step, everything)
+        self._sinks.log(
+            step, {**everything, **interval_metrics(groups, "reward"), **self._record("train", step, groups)}
+        )
         self._console.step(step, everything)
         for group in groups:
             if group.exploration is not None and group.exploration.images_NHWC is not None:
@@ -65,7 +72,10 @@ class RunObserver:
         metrics = eval_metrics(groups)
         self.last_eval = {name.removeprefix("eval/"): value for name, value in metrics.items()}
         self.first_eval = self.first_eval or self.last_eval
-        self._sinks.log(step, {**metrics, "time/since_start_s": self.seconds})
+        recorded = self._record("eval", step, groups)
+        self._sinks.log(
+            step, {**metrics, **interval_metrics(groups, "eval"), **recorded, "time/since_start_s": self.seconds}
+        )
         self._console.evaluated(step, metrics)
         if any(group.texts is not None for group in groups):
             self._show_texts(step, groups[:_SHOWN_PROMPTS])
@@ -78,6 +88,13 @@ class RunObserver:
             self._show_frontier(step, sweeps)
         else:
             self._show_gaps(step, sweeps)
+
+    def _record(self, kind: RecordKind, step: int, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """Hand the groups to the recorder; how many steps it had to leave out, if any."""
+        if self._recorder is None:
+            return {}
+        self._recorder.take(kind, step, groups)
+        return {"record/skipped_steps": float(self._recorder.num_skipped)} if self._recorder.num_skipped else {}
 
     def _show_frontier(self, step: int, sweeps: Mapping[EvalPoint, Sequence[RolloutGroup]]) -> None:
         """A curve over entropy budgets, and the run's own operating point beside it."""

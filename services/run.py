@@ -42,6 +42,7 @@ from services.console import RunConsole
 from services.controller import Controller
 from services.live import answering, scaling
 from services.observer import RunObserver
+from services.record import GroupRecorder
 from services.run_dir import RunDir, config_toml, free_space
 from services.run_inputs import RunInputs, read_inputs, with_absolute_paths
 from services.topology import Topology, build, check_cluster, local_cpus
@@ -229,10 +230,12 @@ async def _train(run: _Run, topology: Topology, started_s: float) -> None:
     if resumed is not None:
         with run.console.phase(f"checkpoint of step {start_step}"):
             await topology.learner.load(resumed.path.resolve())
-    sinks = make_sinks(_SINKS, folder.path, start_step if resumed is not None else None)
+    cut_at = start_step if resumed is not None else None
+    sinks = make_sinks(_SINKS, folder.path, cut_at)
+    recorder = sinks.closing(GroupRecorder(config.record, config.algorithm, folder.path, cut_at))
     earlier = read_metrics(folder.metrics)
     seconds_before = float(earlier[-1]["time/since_start_s"] or 0.0) if earlier else 0.0
-    observer = RunObserver(folder, sinks, run.console, seconds_before, config.held_out_metrics)
+    observer = RunObserver(folder, sinks, run.console, seconds_before, config.held_out_metrics, recorder)
     observer.first_eval = _first_eval(earlier)
     record = run_record(config, run.inputs, resumed.record.get("origin") if resumed is not None else None)
 
