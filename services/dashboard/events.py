@@ -1,0 +1,106 @@
+"""What changes in a run's directory, as server-sent events. The directory is the source; nothing has to be told.
+
+event: rows      new or rewritten lines of metrics.jsonl, as {"generation": n, "rows": [...]}
+event: groups    the newest recorded step of each kind
+event: state     the run began, ended, or was changed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.dashboard.runs import RunFiles, is_live
+from services.record_files import RECORD_FOLDER, RECORD_KINDS, recorded_steps
+
+POLL_S = 0.2
+_BEAT_S = 10.0
+MAX_ROWS = 200
+"""Rows sent at once; a reader that missed more is told to load the curves again."""
+
+
+@dataclass(slots=True)
+class Watch:
+    """What one reader has seen of a run."""
+
+    run: RunFiles
+    last_step: int
+    last_row: dict[str, float] = field(default_factory=dict[str, float])
+    generation: int = -1
+    folder_mtime: int = -1
+    newest: dict[str, int] = field(default_factory=dict[str, int])
+    status: tuple[bool, int] | None = None
+
+    def changes(self) -> list[tuple[str, dict[str, Any]]]:
+        """Events since the last call."""
+        return [*self._rows(), *self._groups(), *self._state()]
+
+    def _rows(self) -> list[tuple[str, dict[str, Any]]]:
+        columns = self.run.tail.refresh()
+        generation = self.run.tail.generation
+        if self.generation not in (-1, generation):
+            self.generation, self.last_step = generation, columns.steps[-1] if columns.steps else -1
+            return [("reload", {"generation": generation})]
+        self.generation = generation
+        places = len(columns.steps)
+        while places and columns.steps[places - 1] > self.last_step:
+            places -= 1
+        fresh = columns.steps[places:]
+        if len(fresh) > MAX_ROWS:
+            self.last_step = fresh[-1]
+            return [("reload", {"generation": generation})]
+        rows = [{"step": step, **_finite(columns.row(step) or {})} for step in fresh]
+        if not rows and columns.steps and columns.steps[-1] == self.last_step:
+            row = _finite(columns.row(self.last_step) or {})
+            if self.last_row and row != self.last_row:  # an evaluation joined the step's line
+                rows = [{"step": self.last_step, **row}]
+            self.last_row = row
+        elif rows:
+            self.last_step = int(rows[-1]["step"])
+            self.last_row = {name: value for name, value in rows[-1].items() if name != "step"}
+        return [("rows", {"generation": generation, "rows": rows})] if rows else []
+
+    def _groups(self) -> list[tuple[str, dict[str, Any]]]:
+        try:
+            mtime = (self.run.path / RECORD_FOLDER).stat().st_mtime_ns
+        except FileNotFoundError:
+            return []
+        if mtime == self.folder_mtime:
+            return []
+        first, self.folder_mtime = self.folder_mtime == -1, mtime
+        newest = {kind: (recorded_steps(self.run.path, kind) or [-1])[-1] for kind in RECORD_KINDS}
+        if newest == self.newest:
+            return []
+        self.newest = newest
+        return [] if first else [("groups", {"newest": newest})]
+
+    def _state(self) -> list[tuple[str, dict[str, Any]]]:
+        summary = self.run.folder.summary
+        status = (is_live(self.run.folder, time.time()), summary.stat().st_mtime_ns if summary.exists() else 0)
+        first, changed = self.status is None, status != self.status
+        self.status = status
+        return [("state", {"live": status[0]})] if changed and not first else []
+
+
+async def stream(run: RunFiles, since: int) -> AsyncGenerator[bytes]:
+    """Events of a run for a reader that has its steps up to `since`, until it goes away."""
+    watch = Watch(run, since)
+    yield b"retry: 1000\n\n"
+    beat_s = time.monotonic()
+    while True:
+        for name, data in await asyncio.to_thread(watch.changes):
+            yield f"event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n".encode()
+            beat_s = time.monotonic()
+        if time.monotonic() - beat_s > _BEAT_S:
+            yield b": still here\n\n"
+            beat_s = time.monotonic()
+        await asyncio.sleep(POLL_S)
+
+
+def _finite(row: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if math.isfinite(value)}
