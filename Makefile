@@ -14,7 +14,7 @@ ARGS ?=
 # pyright's wheel carries pyright itself; keep it from asking the registry for a newer one.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help env train test lint format typecheck test-fast test-service test-vllm clean distclean
+.PHONY: help env train test lint format typecheck test-fast test-service test-vllm docs clean distclean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | while IFS=$$'\t' read -r name text; do
@@ -50,6 +50,11 @@ test-service: $(STAMP)  ## Tests on a local Ray cluster, processes really killed
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## Judges against a real vLLM server on CPU, from its own .venv-vllm
 	@echo "== pytest: vllm"
 	$(BIN)/python -m pytest tests/vllm $(ARGS)
+
+docs: $(STAMP)  ## The documentation as a site, in build/site
+	@$(BIN)/python -m docs.generator
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	echo "build/site/index.html; with search: $(BIN)/python -m http.server --directory build/site --bind 127.0.0.1 8080"
 
 format: $(STAMP)  ## Sort imports, apply safe fixes, format
 	@$(BIN)/ruff check --fix .
@@ -91,7 +96,7 @@ $(STAMP): pyproject.toml constraints.txt
 	else
 	  installer="$(BIN)/python -m pip install --progress-bar off"
 	fi
-	if ! $$installer -c constraints.txt -e ".[test]" >"$$log" 2>&1; then
+	if ! $$installer -c constraints.txt -e ".[test,docs]" >"$$log" 2>&1; then
 	  tail -n 25 "$$log"
 	  echo "The installation failed; the whole log is $$log."
 	  exit 1

@@ -106,7 +106,10 @@ def test_two_jobs_share_a_cluster_and_train_as_if_alone_and_stopping_one_leaves_
     config = cli.write_config(tmp_path, num_steps=2)
     first = client.submit(_colocated(config, num_steps=500), "long", str(tmp_path / "long"))
     _wait_for_step(client, first.id)
-    second = client.submit(_colocated(config, seed=OTHER_SEED), "short", str(tmp_path / "short"))
+    told = _submit_by_example(cluster, config, tmp_path / "short")
+    second = client.list()[0]
+    assert second.id in told
+    assert told.strip().endswith("SUCCEEDED, step 2 of 2")
     code, output = cli.run(["logs", second.id, "--follow"], tmp_path, cluster.environment, timeout_s=200)
     assert code == 0, output
     assert "step 2/2" in output
@@ -115,7 +118,7 @@ def test_two_jobs_share_a_cluster_and_train_as_if_alone_and_stopping_one_leaves_
     assert client.stop(first.id)
     stopped = client.wait(first.id, timeout_s=120, every_s=0.2)
     assert (stopped.status, stopped.num_steps) == ("STOPPED", 500)
-    assert [job.config for job in client.list()] == ["short", "long"]
+    assert [job.config for job in client.list()] == ["tiny", "long"]
     summary = cli.summary(tmp_path / "long")
     assert summary["status"] == "stopped"
     assert (tmp_path / "long" / "checkpoints" / f"step_{summary['num_steps']}").is_dir()
@@ -145,6 +148,23 @@ def test_what_a_cluster_cannot_do_is_said_at_once(
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
     with pytest.raises(ClusterError, match="asks for a token and none was sent"):
         RayJobServer(cluster.address)
+
+
+def _submit_by_example(cluster: Cluster, config: Path, run_dir: Path) -> str:
+    """What the example prints, which sends a run, follows it, and says how it ended."""
+    keys = ["--placement", "colocated", "--rollout.num_actors", "1", "--seed", str(OTHER_SEED)]
+    example = cli.ROOT / "examples" / "submit_to_cluster.py"
+    done = subprocess.run(
+        [sys.executable, str(example), str(config), "--run-dir", str(run_dir), *keys],
+        cwd=config.parent,
+        env={**cli.ENVIRONMENT, **cluster.environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def _colocated(config: Path, **keys: int) -> RunConfig:
