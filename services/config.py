@@ -344,6 +344,11 @@ class RunConfig(Config):
                 f"colocated workers are rollout actor and learner rank in one, so rollout.num_actors and "
                 f"learner.num_ranks must be equal, got {self.rollout.num_actors} and {self.learner.num_ranks}"
             )
+        if self.rollout.bounds.is_elastic:
+            raise ValueError(
+                "colocated workers are learner ranks too, so their number is fixed; leave out rollout.min_actors and "
+                "max_actors, or use placement = 'separate'"
+            )
 
 
 def _types(table: Mapping[Any, object]) -> list[str]:

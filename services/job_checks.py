@@ -9,12 +9,9 @@ import ray
 
 from raylign.assets import PREFIX, resolve
 from raylign.errors import ClusterError, ConfigError
-from raylign.models import check_model
-from raylign.types import Prompt
-from rewards import make_mix
-from rollout.prompts import load_prompts, refuse_overlap
 from services.config import RunConfig
 from services.jobs import ClusterFacts
+from services.run_inputs import checked_prompts
 from services.topology import required_resources
 
 
@@ -57,14 +54,5 @@ def check_inputs(config: RunConfig) -> None:
 
     Raises ConfigError, PromptError or ModelError.
     """
-    prompts = load_prompts(resolve(config.prompts.train), config.prompts.fields)
-    heldout: list[Prompt] = []
-    if config.prompts.heldout is not None:
-        heldout = load_prompts(resolve(config.prompts.heldout), config.prompts.fields)
-        refuse_overlap(prompts, heldout)
-        heldout = heldout[: config.eval.num_prompts]
-    if config.model.path.startswith(PREFIX) or resolve(config.model.path).exists():
-        check_model(config.model, [prompt.text for prompt in (*prompts, *heldout)])
-    rewards = make_mix(config.rewards)
-    for prompt in (*prompts, *heldout):
-        rewards.check(prompt)
+    model = config.model.path
+    checked_prompts(config, model_is_here=model.startswith(PREFIX) or resolve(model).exists())

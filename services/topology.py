@@ -17,7 +17,7 @@ from rewards import AnyRewardConfig, make_mix
 from rewards.remote import RewardClient
 from services.assembly import build_engine, build_learner
 from services.config import RunConfig
-from services.elastic import ActorBounds, bounds_of, most_that_fit
+from services.elastic import most_that_fit
 from services.in_process import LocalFleet, LocalLearner
 from services.ray_errors import answer
 from services.reward_config import HTTP_CPUS
@@ -96,7 +96,7 @@ def required_resources(config: RunConfig, num_actors: int | None = None) -> dict
     cpus = sum(serving.min_replicas * serving.num_cpus_per_replica for serving in servings)
     cpus += HTTP_CPUS * service.http_replicas if _serves_http(config) else 0
     reward_gpus = sum(serving.min_replicas * serving.num_gpus_per_replica for serving in servings)
-    actors = actor_bounds(config).least if num_actors is None else num_actors
+    actors = config.rollout.bounds.least if num_actors is None else num_actors
     gpus = actors * config.rollout.num_gpus
     if config.placement == "colocated":
         cpus += config.learner.num_ranks
@@ -112,12 +112,7 @@ def local_cpus(config: RunConfig) -> int:
 
     Phases take turns at staleness 0, so a small machine may well hold more processes than cores.
     """
-    return max(os.cpu_count() or 1, math.ceil(required_resources(config, actor_bounds(config).most)["CPU"]))
-
-
-def actor_bounds(config: RunConfig) -> ActorBounds:
-    """The fewest rollout actors that the run starts with, and the most that it asks for by itself."""
-    return bounds_of(config.rollout, config.rollout.num_actors)
+    return max(os.cpu_count() or 1, math.ceil(required_resources(config, config.rollout.bounds.most)["CPU"]))
 
 
 def most_actors(config: RunConfig) -> int:
@@ -191,7 +186,7 @@ async def _build_on_ray(config: RunConfig, phase: Phase, own_cluster: bool) -> T
             with phase("learner"):
                 await _join_ranks(rank_workers)
             with phase("rollout actors"):
-                least = actor_bounds(config).least if create is not None else len(rollout_workers)
+                least = config.rollout.bounds.least if create is not None else len(rollout_workers)
                 up, late = await _first_up(rollout_workers, least)
     except BaseException:  # also Ctrl-C: a joined cluster is left as it was
         for stop_one in stop:

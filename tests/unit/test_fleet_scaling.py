@@ -26,7 +26,6 @@ from services.elastic import (
     PoolStatus,
     Pressure,
     advise,
-    bounds_of,
     most_that_fit,
     who_leaves,
 )
@@ -469,8 +468,8 @@ def test_the_number_settles_where_the_actors_just_keep_up() -> None:
 
 
 def test_bounds_are_those_of_the_configuration() -> None:
-    assert bounds_of(ElasticConfig(num_actors=3), 3) == ActorBounds(3, 3)
-    assert bounds_of(ElasticConfig(num_actors=3, min_actors=1, max_actors=8), 3) == ActorBounds(1, 8)
+    assert ElasticConfig(num_actors=3).bounds == ActorBounds(3, 3)
+    assert ElasticConfig(num_actors=3, min_actors=1, max_actors=8).bounds == ActorBounds(1, 8)
     assert not ActorBounds(3, 3).is_elastic
     with pytest.raises(ValidationError, match="between min_actors 4 and max_actors 3"):
         ElasticConfig(num_actors=3, min_actors=4)
