@@ -142,6 +142,9 @@ class RunConfig(Config):
     """Stop, after a checkpoint, when more than this share of a step's samples has no reward."""
     start_timeout_s: float = Field(default=600.0, gt=0)
     """How long actors may take to start and load the model, on a cluster that others use too."""
+    wait_for_nodes: bool = False
+    """The cluster will grow (by an autoscaler, or by hand): what it lacks is waited for, for start_timeout_s at most,
+    instead of refused at once, and actors may be asked for beyond what its nodes hold."""
     max_refused_steps: int = Field(default=3, ge=1)
     """Stop, after a checkpoint, after this many refused (not finite) updates in a row."""
     model: ModelConfig = Sd3Config()

@@ -264,8 +264,8 @@ class Controller:
         if self._refused >= self._config.max_refused_steps:
             raise NumericsError(
                 f"{self._refused} steps in a row up to step {step} had a loss or gradient that is not finite and were "
-                "refused; the weights are the last good ones. Lower learner.lr or learner.grad_clip: `raylign resume RUN "
-                "--learner.lr 1e-5 --allow-config-change learner.lr`"
+                "refused; the weights are the last good ones. Lower learner.lr or learner.grad_clip: `raylign resume "
+                "RUN --learner.lr 1e-5 --allow-config-change learner.lr`"
             )
 
     def _check_failures(self, groups: Sequence[RolloutGroup], where: str) -> None:

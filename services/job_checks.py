@@ -38,14 +38,15 @@ def check_resources(config: RunConfig, total: Mapping[str, float], driver_cpus: 
     """
     if config.placement == "in_process":
         raise ConfigError("placement = 'in_process' uses no cluster; submit with --placement separate or colocated")
-    if not total:
+    if config.wait_for_nodes or not total:
         return
     for kind, wanted in required_resources(config).items():
         needed, got = wanted + (driver_cpus if kind == "CPU" else 0.0), float(total.get(kind, 0.0))
         if got < needed:
             raise ClusterError(
                 f"this run reserves {needed:g} {kind}s and the Ray cluster at {address} has {got:g}: {needed - got:g} "
-                "missing. Add nodes, or lower rollout.num_actors, learner.num_ranks or reward_service.num_replicas"
+                "missing. Add nodes (or let the run --wait_for_nodes true), or lower rollout.num_actors, "
+                "learner.num_ranks or reward_service.num_replicas"
             )
 
 

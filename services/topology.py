@@ -6,6 +6,7 @@ import asyncio
 import math
 import os
 import resource
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -117,6 +118,8 @@ def local_cpus(config: RunConfig) -> int:
 
 def most_actors(config: RunConfig) -> int:
     """How many rollout actors the connected cluster could ever hold beside the run's other roles."""
+    if config.wait_for_nodes:
+        return sys.maxsize
     import ray
 
     nodes = ray.nodes()
@@ -141,6 +144,8 @@ def reward_selector(nodes: Sequence[Mapping[str, Any]], num_gpus: float) -> dict
 
 def check_cluster(config: RunConfig) -> None:
     """Raise ClusterError, naming what is missing, when the cluster can never hold the run."""
+    if config.wait_for_nodes:
+        return
     import ray
 
     available = ray.cluster_resources()
@@ -149,7 +154,8 @@ def check_cluster(config: RunConfig) -> None:
         if got < wanted:
             raise ClusterError(
                 f"this run reserves {wanted:g} {kind}s and the Ray cluster has {got:g}: {wanted - got:g} missing. "
-                "Add nodes, or lower rollout.num_actors, learner.num_ranks or reward_service.num_replicas"
+                "Add nodes (or let the run --wait_for_nodes true), or lower rollout.num_actors, learner.num_ranks or "
+                "reward_service.num_replicas"
             )
 
 
