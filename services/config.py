@@ -147,6 +147,8 @@ class RunConfig(Config):
     instead of refused at once, and actors may be asked for beyond what its nodes hold."""
     max_refused_steps: int = Field(default=3, ge=1)
     """Stop, after a checkpoint, after this many refused (not finite) updates in a row."""
+    max_learner_restarts: int = Field(default=3, ge=0)
+    """Stop when learner processes died more often than this without a step done between; 0 stops at the first."""
     model: ModelConfig = Sd3Config()
     prompts: PromptsConfig = PromptsConfig()
     sampler: SamplerConfig = EulerOdeConfig()

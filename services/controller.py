@@ -79,6 +79,7 @@ class Controller:
         learner: LearnerRole,
         observer: Observer,
         save: Callable[[int], Awaitable[None]],
+        stop: asyncio.Event | None = None,
     ) -> None:
         self._config = config
         self._prompts = prompts
@@ -98,7 +99,7 @@ class Controller:
         self._old_until = 0
         self.guard = StalenessGuard(config.async_guard, config.max_staleness)
         """Its state belongs into checkpoints, and is restored before `run`."""
-        self.stop = asyncio.Event()
+        self.stop = stop if stop is not None else asyncio.Event()
         self.step = 0
         """Last completed step."""
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from services.fleet import RayFleet
     from services.reward_app import RewardService
+    from services.worker_actor import Worker
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 
@@ -40,6 +41,8 @@ ROLE_LABEL = "raylign.io/role"
 deploy/ labels its worker groups with it.
 """
 _MEMORY_TIMEOUT_S = 10.0
+# A node counts as dead after half a minute of silence.
+_DEATH_KNOWN_AFTER_S = 60.0
 
 
 @dataclass(slots=True)
@@ -51,18 +54,40 @@ class Topology:
     learner: LearnerRole
     pool: RayFleet | None = None
     """The fleet again, where its number of actors can change: actors and ranks are separate."""
-    _ranks: tuple[ActorHandle, ...] = ()
-    _actors: Callable[[], Mapping[int, ActorHandle]] = dict
+    _workers: Workers | None = None
     _close: tuple[Callable[[], Awaitable[None]], ...] = ()
     _stop: tuple[Callable[[], None], ...] = ()
 
+    async def num_lost_ranks(self) -> int:
+        """How many learner ranks are gone; 0 where the learner is this process."""
+        return 0 if self._workers is None else await self._workers.num_lost_ranks()
+
+    async def renew_learner(self, phase: Phase) -> None:
+        """Make every learner rank anew, those that live too: they may be halfway through a step with the dead.
+
+        Rollout actors and the reward service stay, unless the actors are the ranks. Raises ClusterError if there is no
+        place for the ranks, and what Ray raises for one that dies again. `learner`, and colocated `fleet`, are others
+        afterwards, without weights.
+        """
+        assert self._workers is not None
+        with phase("learner, again"):
+            if self.pool is None:
+                await self.fleet.close()
+            await self._workers.renew_ranks()
+        self.learner = self._workers.learner()
+        if self.pool is None:
+            self.fleet = self._workers.fixed_fleet()
+        else:
+            self.pool.begin_again()
+
     async def peak_memory_bytes(self) -> dict[str, int]:
         """Peak resident memory by worker, without workers that are away; this process alone when there are none."""
-        if not self._ranks:
+        if self._workers is None:
             return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
         # A colocated worker has the learner's name.
-        names = {actor: f"rollout_{number}" for number, actor in self._actors().items()}
-        names |= {rank: f"learner_{place}" for place, rank in enumerate(self._ranks)}
+        handles = {} if self.pool is None else self.pool.handles()
+        names = {actor: f"rollout_{number}" for number, actor in handles.items()}
+        names |= {rank: f"learner_{place}" for place, rank in enumerate(self._workers.ranks)}
         asked = {asyncio.ensure_future(worker.peak_memory_bytes.remote()): name for worker, name in names.items()}
         done, silent = await asyncio.wait(asked, timeout=_MEMORY_TIMEOUT_S)
         for task in silent:
@@ -170,15 +195,14 @@ def _build_in_process(config: RunConfig, phase: Phase) -> Topology:
 
 async def _build_on_ray(config: RunConfig, phase: Phase, own_cluster: bool) -> Topology:
     name = new_run_name()
+    workers = Workers(config, name)
     with phase("workers starting"):
-        create, rollout_workers, rank_workers = _create_workers(config, name)
+        workers.start()
         # These imports take seconds and the workers load their models meanwhile.
         from services.fleet import RayFleet
-        from services.ray_learner import RayLearner
         from services.reward_app import RewardService
         from services.reward_deploy import reap
-    workers = {*rollout_workers, *rank_workers}
-    stop: list[Callable[[], None]] = [] if own_cluster else [lambda: _kill(workers)]
+    stop: list[Callable[[], None]] = [] if own_cluster else [workers.kill]
     try:
         with phase("reward service"):
             if not own_cluster:
@@ -190,21 +214,20 @@ async def _build_on_ray(config: RunConfig, phase: Phase, own_cluster: bool) -> T
                 stop.append(service.shutdown)
         async with _start_timeout(config.start_timeout_s):
             with phase("learner"):
-                await _join_ranks(rank_workers)
+                await workers.join_ranks()
             with phase("rollout actors"):
-                least = config.rollout.bounds.least if create is not None else len(rollout_workers)
-                up, late = await _first_up(rollout_workers, least)
+                up, late = await _first_up(workers.rollout, workers.least)
     except BaseException:  # also Ctrl-C: a joined cluster is left as it was
         for stop_one in stop:
             stop_one()
         raise
-    fleet, learner = RayFleet(up, create, late), RayLearner(rank_workers, deltas=config.learner.publish == "delta")
     over_http = config.reward_service.transport == "http"
     reached = _http_scorer(config, service) if over_http else service
     light = [reward for reward in config.rewards if reward not in _served(config)]
     scorer = WithLightMetrics(reached, make_mix(light)) if light else reached
-    pool = fleet if create is not None else None
-    return Topology(fleet, scorer, learner, pool, tuple(rank_workers), fleet.handles, (reached.close,), tuple(stop))
+    pool = None if workers.colocated else RayFleet(up, workers.rollout_actor, late)
+    fleet = workers.fixed_fleet() if pool is None else pool
+    return Topology(fleet, scorer, workers.learner(), pool, workers, (reached.close,), tuple(stop))
 
 
 def _reward_places(config: RunConfig) -> dict[str, dict[str, str]]:
@@ -219,11 +242,11 @@ def _reward_places(config: RunConfig) -> dict[str, dict[str, str]]:
 
 
 def _living() -> set[str]:
-    """Names of the cluster's actors, and so of the runs that have one."""
+    """Names of the runs that have an actor on the cluster."""
     from ray.util import list_named_actors
 
     named: Any = list_named_actors(all_namespaces=True)
-    return {actor["name"] for actor in named}
+    return {actor["name"].partition("/")[0] for actor in named}
 
 
 async def _first_up(workers: Sequence[ActorHandle], least: int) -> tuple[list[ActorHandle], list[ActorHandle]]:
@@ -280,46 +303,105 @@ async def _start_timeout(seconds: float) -> AsyncGenerator[None]:
         ) from None
 
 
-def _create_workers(
-    config: RunConfig, name: str
-) -> tuple[Callable[[], ActorHandle] | None, list[ActorHandle], list[ActorHandle]]:
-    """What makes one more rollout actor, the rollout workers and the learner ranks. Returns before they are up.
+class Workers:
+    """The actors of one run: rollout actors and learner ranks, or colocated workers that are both.
 
-    Colocated workers are both, so their number is fixed. The first rank has the run's name as long as the run lives.
+    All are named after the run, so that it counts as living for as long as one of them does.
     """
-    import ray
 
-    from services.worker_actor import ColocatedWorker, LearnerWorker, RolloutWorker, Worker
+    def __init__(self, config: RunConfig, run_name: str) -> None:
+        self._config = config
+        self._run_name = run_name
+        self._made = 0
+        self.colocated = config.placement == "colocated"
+        """Whether each worker is rollout actor and learner rank, which fixes their number."""
+        self.ranks: list[ActorHandle] = []
+        self.rollout: list[ActorHandle] = []
+        """The rollout actors that the run starts with."""
 
-    def create(kind: type[Worker], rank: int | None, num_gpus: float) -> Any:
-        # A lost rollout actor comes back by itself; a lost rank would come back without its optimiser.
-        restarts = -1 if rank is None else 0
+    @property
+    def least(self) -> int:
+        """The fewest rollout actors that the run starts with."""
+        return len(self.rollout) if self.colocated else self._config.rollout.bounds.least
+
+    def start(self) -> None:
+        """Create them all. Returns before they are up."""
+        self._start_ranks()
+        many = self._config.rollout.num_actors
+        self.rollout = self.ranks if self.colocated else [self.rollout_actor() for _ in range(many)]
+
+    def rollout_actor(self) -> ActorHandle:
+        """One more of them, which comes back by itself when it dies."""
+        from services.worker_actor import RolloutWorker
+
+        return self._create(RolloutWorker, None, self._config.rollout.num_gpus)
+
+    async def join_ranks(self) -> None:
+        """Rank 0 names a free port on its node, and all ranks meet there."""
+        address = await answer(self.ranks[0].free_address.remote())
+        await asyncio.gather(*(answer(rank.join_ranks.remote(f"tcp://{address}")) for rank in self.ranks))
+
+    async def num_lost_ranks(self) -> int:
+        """How many ranks are gone. What comes of a death may be seen before it is known, so this waits for answers."""
+        from ray.exceptions import RayActorError
+
+        asked = {asyncio.ensure_future(answer(rank.ping.remote())) for rank in self.ranks}
+        done, silent = await asyncio.wait(asked, timeout=_DEATH_KNOWN_AFTER_S, return_when=asyncio.FIRST_EXCEPTION)
+        for task in silent:
+            task.cancel()
+        return sum(isinstance(task.exception(), RayActorError) for task in done)
+
+    async def renew_ranks(self) -> None:
+        """End all ranks and bring up as many new ones, without weights."""
+        _kill(self.ranks)
+        self._start_ranks()
+        async with _start_timeout(self._config.start_timeout_s):
+            await self.join_ranks()
+            if self.colocated:
+                self.rollout = self.ranks
+                await asyncio.gather(*(answer(rank.ping.remote()) for rank in self.ranks))
+
+    def learner(self) -> LearnerRole:
+        """The ranks as one learner."""
+        from services.ray_learner import RayLearner
+
+        return RayLearner(self.ranks, deltas=self._config.learner.publish == "delta")
+
+    def fixed_fleet(self) -> RayFleet:
+        """The colocated workers as a fleet."""
+        from services.fleet import RayFleet
+
+        return RayFleet(self.rollout)
+
+    def kill(self) -> None:
+        """End those that the run started with, and all ranks."""
+        _kill({*self.rollout, *self.ranks})
+
+    def _start_ranks(self) -> None:
+        from services.worker_actor import ColocatedWorker, LearnerWorker
+
+        rollout, learner = self._config.rollout, self._config.learner
+        kind = ColocatedWorker if self.colocated else LearnerWorker
+        gpus = max(rollout.num_gpus if self.colocated else 0.0, learner.num_gpus_per_rank)
+        self.ranks = [self._create(kind, rank, gpus) for rank in range(learner.num_ranks)]
+
+    def _create(self, kind: type[Worker], rank: int | None, num_gpus: float) -> Any:
+        import ray
+
+        from services.worker_actor import LearnerWorker
+
         where = role_selector(ray.nodes(), "rollout" if rank is None else "learner")
+        self._made += 1
         actor = ray.remote(kind).options(
             num_cpus=1,
             num_gpus=num_gpus,
-            max_restarts=restarts,
+            # A lost rollout actor comes back by itself; a lost rank would come back without its optimiser.
+            max_restarts=-1 if rank is None else 0,
             label_selector=where or None,
-            name=name if rank == 0 else None,
+            # Never the same again: Ray keeps the name of a dead actor for a moment.
+            name=f"{self._run_name}/{self._made}",
         )
-        return actor.remote(config, kind is not LearnerWorker, rank)
-
-    def rollout_actor() -> ActorHandle:
-        return create(RolloutWorker, None, config.rollout.num_gpus)
-
-    rollout, learner = config.rollout, config.learner
-    if config.placement == "colocated":
-        gpus = max(rollout.num_gpus, learner.num_gpus_per_rank)
-        both = [create(ColocatedWorker, rank, gpus) for rank in range(learner.num_ranks)]
-        return None, both, both
-    ranks = [create(LearnerWorker, rank, learner.num_gpus_per_rank) for rank in range(learner.num_ranks)]
-    return rollout_actor, [rollout_actor() for _ in range(rollout.num_actors)], ranks
-
-
-async def _join_ranks(ranks: list[ActorHandle]) -> None:
-    """Rank 0 names a free port on its node, and all ranks meet there."""
-    address = await answer(ranks[0].free_address.remote())
-    await asyncio.gather(*(answer(rank.join_ranks.remote(f"tcp://{address}")) for rank in ranks))
+        return actor.remote(self._config, kind is not LearnerWorker, rank)
 
 
 def _kill(workers: Iterable[ActorHandle]) -> None:

@@ -23,7 +23,8 @@ from services.config import RunConfig
 from services.config_changes import kept_policies
 from services.controller import Controller
 from services.fork import start_missing
-from services.run import EXIT_OK, choose_checkpoint, disk_full, restore_guard, run_record
+from services.run import EXIT_OK, disk_full
+from services.run_checkpoints import choose_checkpoint, restore_guard, run_record
 from services.run_dir import RunDir
 from services.run_inputs import read_inputs, with_absolute_paths
 from tests.tiny_models import RUN_SEED, ToyPolicy, draw_groups, flow_sde, train_step
