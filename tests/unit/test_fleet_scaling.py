@@ -329,6 +329,62 @@ def test_a_pause_holds_chunks_back_and_nothing_else() -> None:
     _run(work)
 
 
+def test_a_fixed_fleet_whose_actor_is_gone_for_good_says_so_at_once() -> None:
+    async def work() -> None:
+        actors = FakeActors()
+        fleet = _fleet(actors, 1, create=None)
+        await fleet.pull(1, "rollout")
+        actors.by_id[0].dead, actors.by_id[0].refuses = True, ActorDiedError()
+        with pytest.raises(ClusterError, match="rollout actor 0 of a fixed fleet died"):
+            await _generate(fleet, 1)
+        await fleet.close()
+
+    _run(work)
+
+
+def test_a_fleet_begins_again_with_the_weights_of_another_learner() -> None:
+    async def work() -> None:
+        actors = FakeActors()
+        fleet = _fleet(actors, 2)
+        await fleet.pull(7, "rollout")
+        await fleet.pull(7, "eval")
+        actors.slow = lambda actor_id: True
+        stale = asyncio.create_task(_generate(fleet, 1))
+        await asyncio.sleep(0.01)
+        fleet.begin_again()
+        actors.slow = lambda actor_id: False
+        await fleet.pull(3, "rollout")
+        assert await _generate(fleet, 2) == (2, {"rollout": 3, "eval": 7})
+        assert (await asyncio.gather(stale, return_exceptions=True))[0].__class__ is asyncio.CancelledError
+        # One that comes back pulls what the new learner published, and nothing of the lost one.
+        actors.by_id[1].dead = True
+        await asyncio.gather(*(_generate(fleet, number) for number in range(4)))
+        await _until(lambda: fleet.status().restarts == 1 and fleet.status().in_service == 2)
+        await _until(lambda: actors.by_id[1].weights == {"rollout": 3})
+        await fleet.close()
+
+    _run(work)
+
+
+def test_a_fleet_that_failed_begins_again() -> None:
+    async def work() -> None:
+        actors = FakeActors()
+        fleet = _fleet(actors, 1)
+        await fleet.pull(1, "rollout")
+        actors.by_id[0].dead, actors.by_id[0].cannot_pull = True, WeightError("the weights are lost")
+        with pytest.raises(WeightError):
+            await _generate(fleet, 1)
+        with pytest.raises(WeightError):
+            await _generate(fleet, 2)
+        actors.by_id[0].cannot_pull = None
+        fleet.begin_again()
+        await fleet.pull(2, "rollout")
+        assert await _generate(fleet, 3) == (3, {"rollout": 2})
+        await fleet.close()
+
+    _run(work)
+
+
 def test_a_fleet_without_a_way_to_make_actors_says_so() -> None:
     async def work() -> None:
         fleet = _fleet(FakeActors(), 1, create=None)
