@@ -78,6 +78,8 @@ class RolloutConfig(ElasticConfig):
     """Compute threads per actor."""
     num_gpus: float = Field(default=0.0, ge=0)
     """GPUs per actor; 0 runs on the CPU."""
+    hung_after_s: float = Field(default=60.0, gt=0)
+    """An actor that does not answer in this, nor in ten times what such calls take, is given up and started anew."""
     parity_every_steps: int = Field(default=20, ge=1)
     """Versions between checks that actors and learner predict the same; the first version is always checked."""
     parity_tolerance: float | None = Field(default=None, gt=0)

@@ -20,6 +20,7 @@ from services.assembly import build_engine, build_learner
 from services.config import RunConfig
 from services.elastic import most_that_fit
 from services.in_process import LocalFleet, LocalLearner
+from services.patience import Patience
 from services.ray_errors import answer
 from services.reward_config import HTTP_CPUS
 from services.roles import Fleet, LearnerRole, Scorer
@@ -225,7 +226,7 @@ async def _build_on_ray(config: RunConfig, phase: Phase, own_cluster: bool) -> T
     reached = _http_scorer(config, service) if over_http else service
     light = [reward for reward in config.rewards if reward not in _served(config)]
     scorer = WithLightMetrics(reached, make_mix(light)) if light else reached
-    pool = None if workers.colocated else RayFleet(up, workers.rollout_actor, late)
+    pool = None if workers.colocated else RayFleet(up, workers.rollout_actor, late, workers.patience())
     fleet = workers.fixed_fleet() if pool is None else pool
     return Topology(fleet, scorer, workers.learner(), pool, workers, (reached.close,), tuple(stop))
 
@@ -371,7 +372,12 @@ class Workers:
         """The colocated workers as a fleet."""
         from services.fleet import RayFleet
 
-        return RayFleet(self.rollout)
+        return RayFleet(self.rollout, patience=self.patience())
+
+    def patience(self) -> Patience:
+        """When a rollout actor counts as hung."""
+        seconds = self._config.rollout.hung_after_s
+        return Patience(least_s=seconds, restart_after_s=seconds)
 
     def kill(self) -> None:
         """End those that the run started with, and all ranks."""
