@@ -42,6 +42,9 @@ ROLE_LABEL = "raylign.io/role"
 deploy/ labels its worker groups with it.
 """
 _MEMORY_TIMEOUT_S = 10.0
+# Serve puts another process in the place of a dead HTTP face within 10 to 20 s, and attempts go on for about a minute.
+_HTTP_ATTEMPTS = 12
+_HTTP_PATIENCE = 4
 # A node counts as dead after half a minute of silence.
 _DEATH_KNOWN_AFTER_S = 60.0
 
@@ -282,9 +285,10 @@ def _http_scorer(config: RunConfig, service: RewardService) -> HttpScorer:
     settings = config.reward_service
     slowest_s = max(settings.serving(reward.name).timeout_s for reward in _served(config))
     assert service.address is not None  # it was started with its HTTP face
-    client = RewardClient(service.address, settings.read_token(), timeout_s=2 * slowest_s + 30)
+    once_s = 2 * slowest_s + 30
+    client = RewardClient(service.address, settings.read_token(), timeout_s=once_s, max_attempts=_HTTP_ATTEMPTS)
     trained = [reward.name for reward in _served(config) if not reward.only_eval]
-    return HttpScorer(client, service.compares, trained)
+    return HttpScorer(client, service.compares, trained, deadline_s=_HTTP_PATIENCE * once_s)
 
 
 @asynccontextmanager
