@@ -32,7 +32,7 @@ from raylign.models.base import Conditioning
 from raylign.models.tokens import BUDGET_HEAD, TokenPrompts, finite_logits, probed
 from raylign.precision import Precision
 from raylign.precision.broadcast import Packing, make_packed_snapshot
-from raylign.types import RolloutGroup, StepResult, WeightVersion
+from raylign.types import JsonValue, RolloutGroup, StepResult, WeightVersion
 from raylign.weight_delta import worthwhile_delta
 from raylign.weights import SnapshotKind, WeightSnapshot
 
@@ -301,7 +301,11 @@ class Learner:
                 tensors[f"{section}/{name}"] = tensor.detach().to("cpu", copy=True).contiguous()
                 if name in self._trained.rows and section != "adam/step":
                     rows[f"{section}/{name}"] = self._trained.rows[name]
-        return LearnerState(tensors, {"num_optimiser_steps": self._num_optimiser_steps}, rows)
+        return LearnerState(tensors, self.state_values(), rows)
+
+    def state_values(self) -> dict[str, JsonValue]:
+        """The plain values of the state, equal on every rank."""
+        return {"num_optimiser_steps": self._num_optimiser_steps}
 
     def load_state_dict(self, state: LearnerState) -> None:
         """Go on from a state that is whole, whatever number of ranks it is from; a sharded rank takes its part.

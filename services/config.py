@@ -337,6 +337,11 @@ class RunConfig(Config):
                 f"groups: {self.groups_per_step} groups per step do not divide into {shares} shares (updates_per_step "
                 "x num_ranks); raise groups_per_step or lower learner.updates_per_step"
             )
+        if self.learner.sharding == "fsdp" and getattr(self.model, "trust_remote_code", False):
+            raise ValueError(
+                "learner.sharding = 'fsdp' shards native networks only: how often a checkpoint's own code is asked "
+                "depends on the batch; set learner.sharding = 'none', or model.trust_remote_code = false"
+            )
         if self.placement == "in_process" and self.learner.num_ranks > 1:
             raise ValueError(f"in_process has one learner rank, got learner.num_ranks = {self.learner.num_ranks}")
 
