@@ -78,7 +78,7 @@ class RayLearner:
         sent, *_ = await asyncio.gather(answer(kind), *self._contributions(which))
         return Publication(delta if sent == "delta" else whole, whole)
 
-    def _contributions(self, which: WhichPolicy) -> list[Awaitable[Any]]:
+    def _contributions(self, which: WhichPolicy) -> list[Coroutine[Any, Any, Any]]:
         """What the other ranks do while rank 0 gathers sharded weights."""
         others = self._ranks[1:] if self._sharded else ()
         return [answer(rank.learner_call.remote("contribute", which)) for rank in others]

@@ -370,7 +370,8 @@ class Workers:
         """The ranks as one learner."""
         from services.ray_learner import RayLearner
 
-        return RayLearner(self.ranks, deltas=self._config.learner.publish == "delta")
+        learner = self._config.learner
+        return RayLearner(self.ranks, deltas=learner.publish == "delta", sharded=learner.sharding == "fsdp")
 
     def fixed_fleet(self) -> RayFleet:
         """The colocated workers as a fleet."""
