@@ -39,6 +39,7 @@ from services.async_checks import check_async
 from services.elastic import ElasticConfig
 from services.explore_checks import check_exploration
 from services.image_checks import check_image_run
+from services.nodes import NodesConfig
 from services.parity import FORMAT_GAPS
 from services.precision_checks import check_packed_publication, check_precision
 from services.reward_config import ServiceConfig
@@ -159,6 +160,7 @@ class RunConfig(Config):
     reward_service: RunServiceConfig = RunServiceConfig()
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
+    nodes: NodesConfig = NodesConfig()
     async_guard: AsyncGuardConfig = AsyncGuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()

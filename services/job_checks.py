@@ -11,8 +11,8 @@ from raylign.assets import PREFIX, resolve
 from raylign.errors import ClusterError, ConfigError
 from services.config import RunConfig
 from services.jobs import ClusterFacts
+from services.nodes import required_resources
 from services.run_inputs import checked_prompts
-from services.topology import required_resources
 
 
 def check_versions(cluster: ClusterFacts) -> None:

@@ -23,11 +23,12 @@ from services.config_changes import (
     refuse_others,
 )
 from services.console import RunConsole
+from services.nodes import local_cpus
 from services.recovery import causes
 from services.run_checkpoints import choose_checkpoint, clear_the_way
 from services.run_dir import RunDir, free_space
 from services.run_inputs import RunInputs, read_inputs, with_absolute_paths
-from services.topology import build, check_cluster, local_cpus
+from services.topology import build, check_cluster
 from services.training import Training, train
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-import math
-import os
 import resource
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from learner.parallel import RankGroup
 from raylign.errors import ClusterError
-from rewards import AnyRewardConfig, make_mix
+from rewards import make_mix
 from rewards.remote import RewardClient
 from services.assembly import build_engine, build_learner
 from services.config import RunConfig
 from services.elastic import most_that_fit
 from services.in_process import LocalFleet, LocalLearner
+from services.nodes import (
+    actor_needs,
+    might_fit,
+    rank_needs,
+    required_resources,
+    reward_selector,
+    selector,
+    served,
+    serves_http,
+)
 from services.patience import Patience
 from services.ray_errors import answer
-from services.reward_config import HTTP_CPUS
 from services.roles import Fleet, LearnerRole, Scorer
 from services.run_name import new_run_name
 from services.scoring import HttpScorer, WithLightMetrics
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
+    from ray.util.placement_group import PlacementGroup
 
     from services.fleet import RayFleet
     from services.reward_app import RewardService
@@ -36,11 +44,6 @@ if TYPE_CHECKING:
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 
-ROLE_LABEL = "raylign.io/role"
-"""Ray label of nodes that are set aside: `learner`, `rollout`, `rewards` or `judge` (rewards that need a GPU).
-
-deploy/ labels its worker groups with it.
-"""
 _MEMORY_TIMEOUT_S = 10.0
 # Serve puts another process in the place of a dead HTTP face within 10 to 20 s, and attempts go on for about a minute.
 _HTTP_ATTEMPTS = 12
@@ -116,35 +119,6 @@ async def build(config: RunConfig, phase: Phase, own_cluster: bool = True) -> To
     return await _build_on_ray(config, phase, own_cluster)
 
 
-def required_resources(config: RunConfig, num_actors: int | None = None) -> dict[str, float]:
-    """CPUs and GPUs that the run's actors and reward replicas reserve on a Ray cluster.
-
-    `num_actors`: with so many rollout actors; by default with the fewest that the run starts with.
-    """
-    service = config.reward_service
-    servings = [service.serving(reward.name) for reward in _served(config)]
-    cpus = sum(serving.min_replicas * serving.num_cpus_per_replica for serving in servings)
-    cpus += HTTP_CPUS * service.http_replicas if _serves_http(config) else 0
-    reward_gpus = sum(serving.min_replicas * serving.num_gpus_per_replica for serving in servings)
-    actors = config.rollout.bounds.least if num_actors is None else num_actors
-    gpus = actors * config.rollout.num_gpus
-    if config.placement == "colocated":
-        cpus += config.learner.num_ranks
-        gpus = config.learner.num_ranks * max(config.rollout.num_gpus, config.learner.num_gpus_per_rank)
-    else:
-        cpus += actors + config.learner.num_ranks
-        gpus += config.learner.num_ranks * config.learner.num_gpus_per_rank
-    return {"CPU": cpus, "GPU": gpus + reward_gpus}
-
-
-def local_cpus(config: RunConfig) -> int:
-    """CPUs of a run's own cluster: the machine's, or what the run may reserve at most.
-
-    Phases take turns at staleness 0, so a small machine may well hold more processes than cores.
-    """
-    return max(os.cpu_count() or 1, math.ceil(required_resources(config, config.rollout.bounds.most)["CPU"]))
-
-
 def most_actors(config: RunConfig) -> int:
     """How many rollout actors the connected cluster could ever hold beside the run's other roles."""
     if config.wait_for_nodes:
@@ -152,23 +126,9 @@ def most_actors(config: RunConfig) -> int:
     import ray
 
     nodes = ray.nodes()
-    where = role_selector(nodes, "rollout")
-    fit = [node["Resources"] for node in nodes if node["Alive"] and where.items() <= node["Labels"].items()]
-    need = {"CPU": 1.0, "GPU": config.rollout.num_gpus}
-    return most_that_fit(fit, ray.cluster_resources(), need, required_resources(config, num_actors=0))
-
-
-def role_selector(nodes: Sequence[Mapping[str, Any]], role: str) -> dict[str, str]:
-    """Keeps a role on the nodes that are set aside for it; {} if none is, and then any node will do."""
-    set_aside = any(node["Alive"] and node["Labels"].get(ROLE_LABEL) == role for node in nodes)
-    return {ROLE_LABEL: role} if set_aside else {}
-
-
-def reward_selector(nodes: Sequence[Mapping[str, Any]], num_gpus: float) -> dict[str, str]:
-    """Where replicas of a reward go: rewards that need a GPU to judges' nodes, or to rewards' nodes that have one."""
-    able = [node for node in nodes if float(node.get("Resources", {}).get("GPU", 0.0)) >= num_gpus]
-    roles = ("judge", "rewards") if num_gpus > 0 else ("rewards",)
-    return next((found for role in roles if (found := role_selector(able, role))), {})
+    where = selector(nodes, "rollout", config.nodes.rollout.labels)
+    fit = [node["Resources"] for node in nodes if might_fit(node, where)]
+    return most_that_fit(fit, ray.cluster_resources(), actor_needs(config), required_resources(config, num_actors=0))
 
 
 def check_cluster(config: RunConfig) -> None:
@@ -185,6 +145,14 @@ def check_cluster(config: RunConfig) -> None:
                 f"this run reserves {wanted:g} {kind}s and the Ray cluster has {got:g}: {wanted - got:g} missing. "
                 "Add nodes (or let the run --wait_for_nodes true), or lower rollout.num_actors, learner.num_ranks or "
                 "reward_service.num_replicas"
+            )
+    nodes = ray.nodes()
+    for role, place in (("learner", config.nodes.learner), ("rollout", config.nodes.rollout)):
+        if not any(might_fit(node, place.labels) for node in nodes):
+            told = ", ".join(f"{name} = {value}" for name, value in place.labels.items())
+            raise ClusterError(
+                f"no node of the Ray cluster has what nodes.{role}.labels asks for ({told}); `ray list nodes --detail` "
+                "shows their labels"
             )
 
 
@@ -212,7 +180,7 @@ async def _build_on_ray(config: RunConfig, phase: Phase, own_cluster: bool) -> T
             if not own_cluster:
                 reap(_living())
             service = RewardService.start(
-                _served(config), config.reward_service, _serves_http(config), name, _reward_places(config)
+                served(config), config.reward_service, serves_http(config), name, _reward_places(config)
             )
             if not own_cluster:
                 stop.append(service.shutdown)
@@ -227,7 +195,7 @@ async def _build_on_ray(config: RunConfig, phase: Phase, own_cluster: bool) -> T
         raise
     over_http = config.reward_service.transport == "http"
     reached = _http_scorer(config, service) if over_http else service
-    light = [reward for reward in config.rewards if reward not in _served(config)]
+    light = [reward for reward in config.rewards if reward not in served(config)]
     scorer = WithLightMetrics(reached, make_mix(light)) if light else reached
     pool = None if workers.colocated else RayFleet(up, workers.rollout_actor, late, workers.patience())
     fleet = workers.fixed_fleet() if pool is None else pool
@@ -240,9 +208,7 @@ def _reward_places(config: RunConfig) -> dict[str, dict[str, str]]:
 
     nodes = ray.nodes()
     serving = config.reward_service.serving
-    return {
-        reward.name: reward_selector(nodes, serving(reward.name).num_gpus_per_replica) for reward in _served(config)
-    }
+    return {reward.name: reward_selector(nodes, serving(reward.name).num_gpus_per_replica) for reward in served(config)}
 
 
 def _living() -> set[str]:
@@ -270,24 +236,14 @@ async def _first_up(workers: Sequence[ActorHandle], least: int) -> tuple[list[Ac
     return up, [worker for worker in workers if worker not in up]
 
 
-def _served(config: RunConfig) -> list[AnyRewardConfig]:
-    """The rewards that get replicas: all but light held-out metrics, unless `per_reward` says how to serve them."""
-    told = config.reward_service.per_reward
-    return [one for one in config.rewards if not (one.only_eval and one.is_light) or one.name in told]
-
-
-def _serves_http(config: RunConfig) -> bool:
-    return config.reward_service.http or config.reward_service.transport == "http"
-
-
 def _http_scorer(config: RunConfig, service: RewardService) -> HttpScorer:
     """A client of the run's own service, more patient than the service is with its rewards."""
     settings = config.reward_service
-    slowest_s = max(settings.serving(reward.name).timeout_s for reward in _served(config))
+    slowest_s = max(settings.serving(reward.name).timeout_s for reward in served(config))
     assert service.address is not None  # it was started with its HTTP face
     once_s = 2 * slowest_s + 30
     client = RewardClient(service.address, settings.read_token(), timeout_s=once_s, max_attempts=_HTTP_ATTEMPTS)
-    trained = [reward.name for reward in _served(config) if not reward.only_eval]
+    trained = [reward.name for reward in served(config) if not reward.only_eval]
     return HttpScorer(client, service.compares, trained, deadline_s=_HTTP_PATIENCE * once_s)
 
 
@@ -321,6 +277,7 @@ class Workers:
         self.colocated = config.placement == "colocated"
         """Whether each worker is rollout actor and learner rank, which fixes their number."""
         self.ranks: list[ActorHandle] = []
+        self._places: PlacementGroup | None = None
         self.rollout: list[ActorHandle] = []
         """The rollout actors that the run starts with."""
 
@@ -339,7 +296,7 @@ class Workers:
         """One more of them, which comes back by itself when it dies."""
         from services.worker_actor import RolloutWorker
 
-        return self._create(RolloutWorker, None, self._config.rollout.num_gpus)
+        return self._create(RolloutWorker, None)
 
     async def join_ranks(self) -> None:
         """Rank 0 names a free port on its node, and all ranks meet there."""
@@ -387,32 +344,63 @@ class Workers:
     def kill(self) -> None:
         """End those that the run started with, and all ranks."""
         _kill({*self.rollout, *self.ranks})
+        if self._places is not None:
+            from ray.util import remove_placement_group
+
+            remove_placement_group(self._places)
 
     def _start_ranks(self) -> None:
         from services.worker_actor import ColocatedWorker, LearnerWorker
 
-        rollout, learner = self._config.rollout, self._config.learner
         kind = ColocatedWorker if self.colocated else LearnerWorker
-        gpus = max(rollout.num_gpus if self.colocated else 0.0, learner.num_gpus_per_rank)
-        self.ranks = [self._create(kind, rank, gpus) for rank in range(learner.num_ranks)]
+        if self._places is None and self._config.learner.num_ranks > 1:
+            self._places = _reserve_ranks(self._config)
+        self.ranks = [self._create(kind, rank) for rank in range(self._config.learner.num_ranks)]
 
-    def _create(self, kind: type[Worker], rank: int | None, num_gpus: float) -> Any:
+    def _create(self, kind: type[Worker], rank: int | None) -> Any:
         import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         from services.worker_actor import LearnerWorker
 
-        where = role_selector(ray.nodes(), "rollout" if rank is None else "learner")
+        config = self._config
+        role, needs = ("rollout", actor_needs(config)) if rank is None else ("learner", rank_needs(config))
+        place = config.nodes.rollout if rank is None else config.nodes.learner
+        others = {kind: amount for kind, amount in needs.items() if kind not in ("CPU", "GPU")}
         self._made += 1
-        actor = ray.remote(kind).options(
-            num_cpus=1,
-            num_gpus=num_gpus,
+        options: dict[str, Any] = {
+            "num_cpus": needs["CPU"],
+            "num_gpus": needs["GPU"],
+            "resources": others or None,
             # A lost rollout actor comes back by itself; a lost rank would come back without its optimiser.
-            max_restarts=-1 if rank is None else 0,
-            label_selector=where or None,
+            "max_restarts": -1 if rank is None else 0,
             # Never the same again: Ray keeps the name of a dead actor for a moment.
-            name=f"{self._run_name}/{self._made}",
-        )
-        return actor.remote(self._config, kind is not LearnerWorker, rank)
+            "name": f"{self._run_name}/{self._made}",
+        }
+        if rank is not None and self._places is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._places, rank)
+        else:
+            options["label_selector"] = selector(ray.nodes(), role, place.labels) or None
+            options["scheduling_strategy"] = "SPREAD" if place.spread else "DEFAULT"
+        return ray.remote(kind).options(**options).remote(config, kind is not LearnerWorker, rank)
+
+
+def _reserve_ranks(config: RunConfig) -> PlacementGroup | None:
+    """Places for all ranks at once or none, so that of two runs neither waits for what the other holds half of.
+
+    None where ranks reserve nothing.
+    """
+    import ray
+    from ray.util import placement_group
+
+    needs = {kind: amount for kind, amount in rank_needs(config).items() if amount > 0}
+    if not needs:
+        return None
+    where = selector(ray.nodes(), "learner", config.nodes.learner.labels)
+    count = config.learner.num_ranks
+    strategy = "SPREAD" if config.nodes.learner.spread else "PACK"
+    labels: Any = [where] * count if where else None
+    return placement_group([needs] * count, strategy, bundle_label_selector=labels)
 
 
 def _kill(workers: Iterable[ActorHandle]) -> None:

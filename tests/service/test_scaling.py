@@ -134,24 +134,33 @@ def test_a_run_that_is_scaled_up_and_down_ends_with_the_weights_of_a_fixed_pool(
 
 
 def test_a_run_waits_for_the_node_that_it_lacks_and_works_on_both(cluster: StartedCluster, tmp_path: Path) -> None:
-    """A second node, started by hand, holds the reward's replica: the first has not the CPUs for it."""
+    """A second node, started by hand, has the label and the resource that rollout actors ask for."""
     path = cli.write_config(tmp_path, 2)
-    lacking = {"reward_service.num_cpus_per_replica": "7", "rollout.num_actors": "1"}
-    config = load_run_config(str(path), lacking)
-    with pytest.raises(ClusterError, match=r"reserves 9 CPUs and the Ray cluster has 6: 3 missing"):
+    asked = {
+        "learner.num_ranks": "2",  # they get their places together
+        "rollout.num_actors": "1",
+        "nodes.rollout.num_cpus": "0.5",
+        "nodes.rollout.resources": "{spot = 1}",
+        "nodes.rollout.labels": '{"zone" = "!in(a, b)"}',
+    }
+    config = load_run_config(str(path), asked)
+    with pytest.raises(ClusterError, match=r"reserves 1 spots and the Ray cluster has 0: 1 missing"):
         check_cluster(config)
+    with pytest.raises(ClusterError, match=r"no node of the Ray cluster .* nodes.learner.labels .*\(zone = c\)"):
+        check_cluster(load_run_config(str(path), {"nodes.learner.labels": '{"zone" = "c"}'}))
     config = config.model_copy(update={"wait_for_nodes": True})
     check_cluster(config)
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "config.toml").write_text("seed = 0\n")
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--address", cluster.address, "--num-cpus", "7"]
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--address", cluster.address, "--num-cpus", "1"]
+    command += ["--resources", '{"spot": 1}', "--labels", "zone=c"]
     with (tmp_path / "node.txt").open("w") as output:
         node = subprocess.Popen([*command, "--block"], stdout=output, stderr=output, start_new_session=True, text=True)
     try:
         weights, _ = asyncio.run(_train(config, run_dir))
-        alone, _ = asyncio.run(_train(load_run_config(str(path), {"placement": "in_process"}), run_dir))
-        assert weights == alone
+        alike = {"learner.num_ranks": "2", "rollout.num_actors": "2", "placement": "colocated"}
+        assert weights == asyncio.run(_train(load_run_config(str(path), alike), run_dir))[0]
         assert len([one for one in ray.nodes() if one["Alive"]]) == 2
     finally:
         cli.end(node)

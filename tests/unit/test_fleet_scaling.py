@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from ray.exceptions import ActorDiedError, RayActorError
 
 from raylign.config import parse_config
-from raylign.errors import ClusterError, ModelError, WeightError
+from raylign.errors import ClusterError, ConfigError, ModelError, WeightError
 from rewards.jpeg import JpegConfig
 from services.config import RunConfig
 from services.elastic import (
@@ -30,12 +30,13 @@ from services.elastic import (
     who_leaves,
 )
 from services.fleet import RayFleet
+from services.nodes import ROLE_LABEL, local_cpus, might_fit, required_resources, reward_selector, selector
 from services.patience import Patience
 from services.ray_actors import Answer
 from services.reward_config import ServiceConfig
 from services.reward_deploy import reward_application
 from services.run_name import left_behind, new_run_name
-from services.topology import ROLE_LABEL, _first_up, local_cpus, required_resources, reward_selector
+from services.topology import _first_up
 
 
 @dataclass
@@ -629,3 +630,33 @@ def test_what_a_run_reserves_follows_its_number_of_actors() -> None:
     assert more["GPU"] - now["GPU"] == 1.5
     assert required_resources(config, num_actors=0)["CPU"] == now["CPU"] - 2
     assert local_cpus(config) >= now["CPU"]
+
+
+def test_what_a_run_reserves_is_what_its_nodes_table_says() -> None:
+    nodes = {
+        "rollout": {"num_cpus": 0.5, "resources": {"spot": 1.0}},
+        "learner": {"num_cpus": 4, "resources": {"fast_net": 0.25}},
+    }
+    data = {"rollout": {"num_actors": 3}, "learner": {"num_ranks": 2, "num_gpus_per_rank": 1}, "nodes": nodes}
+    apart = required_resources(parse_config(RunConfig, data, "test"))
+    rewards = required_resources(parse_config(RunConfig, {"rollout": {"num_actors": 3}}, "test"))["CPU"] - 4
+    assert apart == {"CPU": rewards + 1.5 + 8, "GPU": 2.0, "spot": 3.0, "fast_net": 0.5}
+    both = {**data, "placement": "colocated", "rollout": {"num_actors": 2, "num_gpus": 0.5}}
+    assert required_resources(parse_config(RunConfig, both, "test")) == {
+        "CPU": rewards + 8,
+        "GPU": 2.0,
+        "fast_net": 0.5,
+    }
+    for resources, told in (({"GPU": 1.0}, "is set by rollout.num_gpus"), ({"spot": 0.0}, "must be above 0")):
+        with pytest.raises(ConfigError, match=told):
+            parse_config(RunConfig, {"nodes": {"rollout": {"resources": resources}}}, "test")
+
+
+def test_nodes_are_matched_by_plain_labels() -> None:
+    node = {"Alive": True, "Labels": {"ray.io/accelerator-type": "H100", ROLE_LABEL: "rollout"}}
+    assert might_fit(node, {"ray.io/accelerator-type": "H100"})
+    assert might_fit(node, {"ray.io/accelerator-type": "!in(T4)"}), "a condition is left to Ray"
+    assert not might_fit(node, {"ray.io/accelerator-type": "T4"})
+    assert not might_fit({**node, "Alive": False}, {})
+    assert selector([node], "rollout", {"zone": "a"}) == {ROLE_LABEL: "rollout", "zone": "a"}
+    assert selector([node], "rollout", {ROLE_LABEL: "shared"}) == {ROLE_LABEL: "shared"}, "what is given counts"
