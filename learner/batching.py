@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -129,7 +130,8 @@ class TrainBatch:
     """What one optimiser step of one rank eats.
 
     `denominator` is the summed share of the valid samples of *all* ranks, which the update's loss is divided by;
-    `num_items` counts their items, for means of metrics. on_policy: it is the first of its step.
+    `num_items` counts their items, for means of metrics. on_policy: it is the first of its step. longest: the batch of
+    the rank that has the most micro-batches, where all must take as many.
     """
 
     blocks: tuple[tuple[Row, ...], ...]
@@ -138,12 +140,30 @@ class TrainBatch:
     epoch: int
     on_policy: bool
     data: StepData
+    longest: TrainBatch | None = None
+
+    @property
+    def num_micro_batches(self) -> int:
+        """How many `micro_batches` gives."""
+        return self.longest.num_micro_batches if self.longest is not None else self._num_own
+
+    @property
+    def _num_own(self) -> int:
+        kept = [rows for rows in self.blocks if any(self.data.is_valid(row) for row in rows)]
+        return sum(int((self.data.items_NK(rows) != ABSENT).any(dim=0).sum()) for rows in kept)
 
     def micro_batches(self) -> Iterator[Any]:
         """MicroBatches of pictures or TokenBatches of texts, as the groups are: block by block, item by item, in order.
 
-        Blocks without a valid row and absent items are left out.
+        Blocks without a valid row and absent items are left out. A rank with fewer than the longest goes on with what
+        that one has at their places, none of it valid: it computes, and counts nothing.
         """
+        yield from self._own()
+        if self.longest is not None:
+            for one in islice(self.longest.micro_batches(), self._num_own, None):
+                yield replace(one, valid_N=torch.zeros_like(one.valid_N))
+
+    def _own(self) -> Iterator[Any]:
         for rows in self.blocks:
             if not any(self.data.is_valid(row) for row in rows):
                 continue
@@ -271,15 +291,22 @@ class StepData:
 
 
 def cut(
-    data: StepData, *, num_epochs: int, num_updates: int, rank: int, num_ranks: int, micro_batch_size: int
+    data: StepData,
+    *,
+    num_epochs: int,
+    num_updates: int,
+    rank: int,
+    num_ranks: int,
+    micro_batch_size: int,
+    level: bool = False,
 ) -> tuple[TrainBatch, ...]:
     """The batches of one rank, one per update of each epoch, by the rules of the module's docstring.
 
+    level: every rank takes as many micro-batches as the one with the most, as ranks must that share a network.
     Raises ConfigError if there are fewer units than updates: an update would have nothing to learn from.
     """
-    whole_chunks = Needs.CHUNKS in data.needs
     rows = [Row(index, sibling) for index, group in enumerate(data.groups) for sibling in range(group.group_size)]
-    if whole_chunks:
+    if Needs.CHUNKS in data.needs:
         units = _blocks(rows, micro_batch_size)
     elif Needs.GROUPS in data.needs:
         units = [tuple(row for row in rows if row.group == index) for index in range(len(data.groups))]
@@ -295,25 +322,33 @@ def cut(
         for update in range(num_updates):
             mine = share(units, update, num_updates)
             valid = [row for unit in mine for row in unit if data.is_valid(row)]
-            shard = share(mine, rank, num_ranks)
-            mine_valid = [row for unit in shard for row in unit if data.is_valid(row)]
-            blocks = shard if whole_chunks else _blocks(mine_valid, micro_batch_size)
-            batches.append(
-                TrainBatch(
-                    tuple(blocks),
-                    denominator=math.fsum(data.share(row) for row in valid),
-                    num_items=sum(data.num_items(row) for row in valid),
-                    epoch=epoch,
-                    on_policy=epoch == 0 and update == 0,
-                    data=data,
-                )
+            batch = TrainBatch(
+                _rank_blocks(data, share(mine, rank, num_ranks), micro_batch_size),
+                denominator=math.fsum(data.share(row) for row in valid),
+                num_items=sum(data.num_items(row) for row in valid),
+                epoch=epoch,
+                on_policy=epoch == 0 and update == 0,
+                data=data,
             )
+            if level:
+                # Everybody has all groups, so nobody need be asked; of equals the lowest rank's.
+                shards = [share(mine, one, num_ranks) for one in range(num_ranks)]
+                all_ranks = [replace(batch, blocks=_rank_blocks(data, shard, micro_batch_size)) for shard in shards]
+                batch = replace(batch, longest=max(all_ranks, key=lambda one: one.num_micro_batches))
+            batches.append(batch)
     return tuple(batches)
 
 
 def share(items: Sequence[T], part: int, num_parts: int) -> Sequence[T]:
     """The `part`-th of `num_parts` contiguous parts, sizes differing by one at most (some may be empty)."""
     return items[len(items) * part // num_parts : len(items) * (part + 1) // num_parts]
+
+
+def _rank_blocks(data: StepData, units: Sequence[tuple[Row, ...]], size: int) -> tuple[tuple[Row, ...], ...]:
+    """What a rank's units are cut into: themselves where they are chunks, or blocks of their valid rows."""
+    if Needs.CHUNKS in data.needs:
+        return tuple(units)
+    return tuple(_blocks([row for unit in units for row in unit if data.is_valid(row)], size))
 
 
 def _blocks(rows: Sequence[Row], size: int) -> list[tuple[Row, ...]]:

@@ -4,6 +4,10 @@
                                                  the learner's plain values, and the hash of every file
                            learner.safetensors   the learner's tensors
 
+Sharded ranks write a file each, `learner-00000-of-00002.safetensors` and so on, into the same staging folder; then one
+of them writes the manifest, with the hashes of all, and renames. What is read is the same whoever wrote it: any number
+of ranks, sharded or not, goes on from either.
+
 A reader never sees half a checkpoint: either the directory has its final name, and then every byte was synced
 before, or it does not exist. Hashes are checked on reading all the same, and one that was damaged later is not gone on
 from: `newest_good` passes over it, and retention does not count on it. Nothing is pickled.
@@ -17,16 +21,17 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from learner.state import LearnerState
+from learner.stored import StoredTensors, write_rows
 from raylign.errors import CheckpointError
 from raylign.types import JsonValue
 
@@ -63,6 +68,14 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A file that one rank wrote into a staging folder."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class Damage:
     """A checkpoint that is not as it was written."""
 
@@ -84,27 +97,80 @@ def save_checkpoint(
     run's own JSON. Raises CheckpointError, leaving all earlier checkpoints as they were and nothing of this one, if it
     cannot be written; it says how many bytes were needed and how many are free.
     """
-    staging = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    staging = _staging(folder, new_token())
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder.parent)
+        _remove_leftovers(folder.parent, staging)
         staging.mkdir()
         writer(staging / TENSORS, state.tensors)
         _sync(staging / TENSORS)
-        _write_manifest(staging, state, record)
+        _write_manifest(staging, [Part(TENSORS, _file_sha256(staging / TENSORS))], state.values, record)
         _move_into_place(staging, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
+        raise _cannot_write(folder, state, error) from error
+
+
+def new_token() -> str:
+    """What tells one attempt at writing a checkpoint from another; all of its ranks are given the same."""
+    return uuid.uuid4().hex[:8]
+
+
+def save_part(folder: Path, token: str, state: LearnerState, rank: int, num_ranks: int) -> Part:
+    """Write one rank's part of a checkpoint beside `folder` and sync it; `finish_checkpoint` follows, on one rank.
+
+    Raises CheckpointError as `save_checkpoint` does; the staging folder stays, as others may be writing to it, until
+    `discard_parts`.
+    """
+    staging = _staging(folder, token)
+    name = f"learner-{rank:05d}-of-{num_ranks:05d}.safetensors"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            _remove_leftovers(folder.parent, staging)
+        staging.mkdir(exist_ok=True)
+        write_rows(staging / name, state, with_whole=rank == 0)
+        _sync(staging / name)
+        return Part(name, _file_sha256(staging / name))
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(folder, state, error) from error
+
+
+def finish_checkpoint(
+    folder: Path, token: str, parts: Sequence[Part], values: Mapping[str, JsonValue], record: Mapping[str, JsonValue]
+) -> None:
+    """Make the parts of all ranks a checkpoint. Raises CheckpointError, leaving nothing of it, if that cannot be.
+
+    So it is when ranks on other nodes do not see the same folder.
+    """
+    staging = _staging(folder, token)
+    missing = [part.name for part in parts if not (staging / part.name).is_file()]
+    if missing:
+        shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(
-            f"cannot write checkpoint {folder}: {error}; {_room(folder, state)}. Earlier checkpoints are intact: free "
-            "some space and `raylign resume`"
-        ) from error
+            f"cannot write checkpoint {folder}: {missing[0]}, written on another node, is not seen on this one. "
+            "Sharded ranks on several nodes need a run directory on storage that all of them share: give --run-dir "
+            "there"
+        )
+    try:
+        _write_manifest(staging, parts, values, record)
+        _move_into_place(staging, folder)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise _cannot_write(folder, LearnerState(), error) from error
+
+
+def discard_parts(folder: Path, token: str) -> None:
+    """Delete what an attempt has written, once all of its ranks are done with it."""
+    shutil.rmtree(_staging(folder, token), ignore_errors=True)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint, tensors on the CPU. Raises CheckpointError for a file that is missing or not as written."""
+    """Verify a checkpoint; its tensors are read when they are asked for, onto the CPU, whole however many files hold
+    them. Raises CheckpointError for a file that is missing or not as written."""
     manifest = verify_checkpoint(folder)
-    return Checkpoint(manifest, LearnerState(load_file(folder / TENSORS), dict(manifest.values)))
+    tensors = StoredTensors([folder / name for name in sorted(manifest.files)])
+    return Checkpoint(manifest, LearnerState(tensors, dict(manifest.values)))
 
 
 def verify_checkpoint(folder: Path) -> CheckpointManifest:
@@ -227,12 +293,14 @@ def _room(folder: Path, state: LearnerState) -> str:
     return f"it takes {needed:,} bytes and {free}"
 
 
-def _write_manifest(folder: Path, state: LearnerState, record: Mapping[str, JsonValue]) -> None:
+def _write_manifest(
+    folder: Path, parts: Sequence[Part], values: Mapping[str, JsonValue], record: Mapping[str, JsonValue]
+) -> None:
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "record": dict(record),
-        "values": state.values,
-        "files": {TENSORS: _file_sha256(folder / TENSORS)},
+        "values": dict(values),
+        "files": {part.name: part.sha256 for part in parts},
     }
     manifest["sha256"] = _manifest_sha256(manifest)
     path = folder / MANIFEST
@@ -252,10 +320,22 @@ def _move_into_place(staging: Path, final: Path) -> None:
     _sync(final.parent)
 
 
-def _remove_leftovers(parent: Path) -> None:
-    """Remnants of a process that was killed while it wrote; a run directory has one writer."""
+def _staging(folder: Path, token: str) -> Path:
+    return folder.with_name(f"{folder.name}.tmp-{token}")
+
+
+def _remove_leftovers(parent: Path, current: Path) -> None:
+    """Remnants of a process that was killed while it wrote; a run directory has one run, which writes one at a time."""
     for path in parent.glob("step_*.tmp-*"):
-        shutil.rmtree(path)
+        if path != current:
+            shutil.rmtree(path)
+
+
+def _cannot_write(folder: Path, state: LearnerState, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot write checkpoint {folder}: {error}; {_room(folder, state)}. Earlier checkpoints are intact: free "
+        "some space and `raylign resume`"
+    )
 
 
 def _manifest_sha256(manifest: Mapping[str, Any]) -> str:

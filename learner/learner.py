@@ -3,7 +3,8 @@
     begin_step(groups) ──▶ per update: forward_backward ──▶ optimise ──▶ end_step ──▶ publish
 
 Every rank is given all groups (they are small), computes all credit, and trains its own part of each update; what
-crosses ranks is one gradient bucket and one row of metrics per update. All state that decides the next step is in
+crosses ranks is one gradient bucket and one row of metrics per update; sharded ranks (`learner.trained`) also meet in
+every forward and backward, and take part when rank 0 publishes. All state that decides the next step is in
 `state_dict`, so a learner that loads it goes on bit for bit.
 """
 
@@ -19,25 +20,27 @@ from pydantic import Field
 from learner.advantages import credit_metrics
 from learner.algorithms import AlgorithmConfig, LossSetting, make_algorithm
 from learner.batching import ABSENT, StepData, TrainBatch, cut
-from learner.parallel import GradientBucket, RankGroup
+from learner.parallel import RankGroup
 from learner.policies import PolicySet, PolicyTensors, Relative, check_names, decay_towards
-from learner.state import LearnerState
+from learner.state import LearnerState, Rows, part_of, shapes_in
 from learner.survey import surveyed_batches
 from learner.tally import MetricTally
+from learner.trained import Sharded, hold
 from raylign.config import Config
 from raylign.errors import CheckpointError, RewardError
 from raylign.models.base import Conditioning
 from raylign.models.tokens import BUDGET_HEAD, TokenPrompts, finite_logits, probed
 from raylign.precision import Precision
 from raylign.precision.broadcast import Packing, make_packed_snapshot
-from raylign.types import RolloutGroup, StepResult, WeightVersion
+from raylign.types import JsonValue, RolloutGroup, StepResult, WeightVersion
 from raylign.weight_delta import worthwhile_delta
 from raylign.weights import SnapshotKind, WeightSnapshot
 
 Which = Literal["rollout", "current", "eval"]
 """The policy that samples (a slow copy, for some algorithms), the one being trained, or the one that is evaluated (its
 running mean, if there is one)."""
-_ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_ADAM_STATE = (*_MOMENTS, "step")
 
 
 class LearnerConfig(Config):
@@ -66,7 +69,10 @@ class LearnerConfig(Config):
     """Samples per forward; the rollout chunk size when not given. With Flow-GRPO another size makes the on-policy
     ratio differ from 1 by rounding."""
     num_ranks: int = Field(default=1, ge=1)
-    """Data-parallel learner processes."""
+    """Learner processes that share the work of a step."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """What ranks hold: each everything, or (FSDP2) each a part of all weights, gradients, moments and slow copies, for
+    models that do not fit one GPU. The same with one rank."""
     num_threads: int = Field(default=1, ge=1)
     """CPU threads per rank; set by the process that owns the learner, not by the learner."""
     num_gpus_per_rank: float = Field(default=0.0, ge=0)
@@ -103,12 +109,14 @@ class Learner:
         run_seed: int,
         ranks: RankGroup | None = None,
         packing: Packing | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """`policy` (a DenoisingPolicy or a TokenPolicy) is loaded with role "learner"; `sampler` (of pictures or of
         tokens) and `guidance_scale` are the rollouts'.
 
         `micro_batch_size` is what `config.micro_batch_size` resolves to: the rollout chunk size when it is None.
-        `packing`: what of the rollout policy is published quantised; nothing when not given.
+        `packing`: what of the rollout policy is published quantised; nothing when not given. `device`: where sharded
+        ranks compute, when the policy was loaded elsewhere because it does not fit there.
         """
         self.config = config
         self.policy = policy
@@ -117,19 +125,18 @@ class Learner:
         self._ranks = ranks or RankGroup.single()
         self._micro_batch_size = micro_batch_size
         self._run_seed = run_seed
-        self._parameters = policy.trainable_parameters()
         if config.gradient_checkpointing:
             policy.enable_gradient_checkpointing()
-        self._ranks.broadcast([parameter.data for parameter in self._parameters.values()])
+        self._trained = hold(policy, self._ranks, config.sharding == "fsdp", device or policy.device)
+        tensors = self._trained.tensors
         needs = self.algorithm.needs
         self.policies = PolicySet(policy, config.precision, needs, average=config.ema_decay is not None)
-        self._bucket = GradientBucket(self._parameters.values())
-        heads = [p for name, p in self._parameters.items() if name.startswith(BUDGET_HEAD)]
-        self._network = [p for name, p in self._parameters.items() if not name.startswith(BUDGET_HEAD)]
-        self._heads = heads
-        self._lr_scales = (1.0, config.budget_lr_scale) if heads else (1.0,)
+        self._heads = [name for name in tensors if name.startswith(BUDGET_HEAD)]
+        self._network = [name for name in tensors if not name.startswith(BUDGET_HEAD)]
+        self._lr_scales = (1.0, config.budget_lr_scale) if self._heads else (1.0,)
+        heads = [{"params": [tensors[name] for name in self._heads], "weight_decay": 0.0}] if self._heads else []
         self._optimizer = torch.optim.AdamW(
-            [{"params": self._network}, *([{"params": heads, "weight_decay": 0.0}] if heads else [])],
+            [{"params": [tensors[name] for name in self._network]}, *heads],
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
@@ -166,6 +173,7 @@ class Learner:
             rank=self._ranks.rank,
             num_ranks=self._ranks.num_ranks,
             micro_batch_size=self._micro_batch_size,
+            level=isinstance(self._trained, Sharded),
         )
         return metrics
 
@@ -175,11 +183,13 @@ class Learner:
         Raises NumericsError for a NaN that came with a valid sample.
         """
         batch = self._batches[update]
-        self._bucket.zero()
+        self._trained.begin_update()
         self._tally = MetricTally(("loss", *self.algorithm.metrics), self.policy.device)
-        for micro_batch in surveyed_batches(self.algorithm, self.policies, batch, self._ranks):
+        last = batch.num_micro_batches - 1
+        for place, micro_batch in enumerate(surveyed_batches(self.algorithm, self.policies, batch, self._ranks)):
             losses = self.algorithm.loss(self.policies, micro_batch)
             self._tally.add({"loss": losses.loss_N, **losses.metrics}, micro_batch.valid_N)
+            self._trained.before_backward(is_last=place == last)
             # Rows that only keep a chunk's shape are left out by index: a product with 0 would let a NaN through.
             (losses.loss_N[micro_batch.valid_N].sum() / batch.denominator).backward()
 
@@ -193,14 +203,14 @@ class Learner:
         metrics = {"batch/num_items": float(num_items)}
         if num_items == 0:
             return StepResult(metrics, finite=True)
-        self._ranks.all_reduce_gradients(self._bucket)
+        self._trained.sum_gradients()
         metrics |= self._tally.reduce(self._ranks, num_items)
         # After the reduction every rank holds the same numbers, so every rank decides alike.
-        norm = float(torch.nn.utils.clip_grad_norm_(self._network, self.config.grad_clip))
+        norm = self._trained.clip(self._network, self.config.grad_clip)
         lr = self.config.lr * min(1.0, (self._num_optimiser_steps + 1) / max(1, self.config.warmup_steps))
         metrics |= {"grad/norm": norm, "learner/lr": lr}
         if self._heads:
-            metrics["grad/budget_norm"] = float(torch.nn.utils.clip_grad_norm_(self._heads, self.config.grad_clip))
+            metrics["grad/budget_norm"] = self._trained.clip(self._heads, self.config.grad_clip)
         decisive = ("grad/norm", "grad/budget_norm", "loss")
         if not all(math.isfinite(metrics[name]) for name in decisive if name in metrics):
             return StepResult(metrics, finite=False)
@@ -231,13 +241,18 @@ class Learner:
     def publish(self, version: WeightVersion, which: Which = "rollout") -> WeightSnapshot:
         """A verified snapshot of one of the learner's policies. A copy: safe to send.
 
-        Raises NumericsError, naming the layer, if a weight to be packed is not finite.
+        Called on rank 0 alone; where ranks are sharded, the others are told to `contribute` meanwhile. Raises
+        NumericsError, naming the layer, if a weight to be packed is not finite.
         """
-        relative = self._relative(which)
-        tensors = None if relative is None else self.policies.relatives[relative]
-        if self._packing is not None and which == "rollout":
-            return make_packed_snapshot(self._packing, self._parameters if tensors is None else tensors, version)
+        packs = self._packing is not None and which == "rollout"
+        tensors = self._gather(which, self.policy.device if packs else torch.device("cpu"))
+        if self._packing is not None and packs:
+            return make_packed_snapshot(self._packing, tensors, version)
         return self.policy.export_weights(version, tensors)
+
+    def contribute(self, which: Which) -> None:
+        """What ranks but the first do when they are sharded and that one publishes: give it their parts."""
+        self._gather(which, torch.device("cpu"))
 
     def publish_changes(
         self, version: WeightVersion, which: Which = "rollout"
@@ -276,26 +291,33 @@ class Learner:
         return self.publish(0, "current").sha256
 
     def state_dict(self) -> LearnerState:
-        """Copies, on the CPU, of all that decides the next step. Equal on every rank: save it from one."""
-        tensors = _prefixed("params", {name: parameter.data for name, parameter in self._parameters.items()})
-        for relative, relative_tensors in self.policies.relatives.items():
-            tensors |= _prefixed(relative, relative_tensors)
-        for part in _ADAM_STATE:
-            tensors |= _prefixed(f"adam/{part}", self._adam_state(part))
-        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        return LearnerState(copies, {"num_optimiser_steps": self._num_optimiser_steps})
+        """Copies, on the CPU, of all that decides the next step: equal on every rank, or its part of it on each."""
+        sections: dict[str, Mapping[str, torch.Tensor]] = {"params": self._trained.tensors, **self.policies.relatives}
+        sections |= {f"adam/{part}": self._adam_state(part) for part in _ADAM_STATE}
+        tensors: PolicyTensors = {}
+        rows: dict[str, Rows] = {}
+        for section, own in sections.items():
+            for name, tensor in own.items():
+                tensors[f"{section}/{name}"] = tensor.detach().to("cpu", copy=True).contiguous()
+                if name in self._trained.rows and section != "adam/step":
+                    rows[f"{section}/{name}"] = self._trained.rows[name]
+        return LearnerState(tensors, self.state_values(), rows)
+
+    def state_values(self) -> dict[str, JsonValue]:
+        """The plain values of the state, equal on every rank."""
+        return {"num_optimiser_steps": self._num_optimiser_steps}
 
     def load_state_dict(self, state: LearnerState) -> None:
-        """Go on from a state. Raises WeightError, with nothing loaded, if it belongs to another model or algorithm.
+        """Go on from a state that is whole, whatever number of ranks it is from; a sharded rank takes its part.
+
+        Raises WeightError, with nothing loaded, if it belongs to another model or algorithm.
 
         Raises CheckpointError if its optimiser moments do not fit its step count.
         """
-        own: dict[str, PolicyTensors] = {"params": _section(state.tensors, "params")}
-        for relative in self.policies.relatives:
-            own[relative] = _section(state.tensors, relative)
-        adam = {part: _section(state.tensors, f"adam/{part}") for part in _ADAM_STATE}
-        for section, tensors in own.items():
-            check_names(tensors, self.policy, f"learner state, section {section!r},")
+        sections = {"params": self._trained.tensors, **self.policies.relatives}
+        adam = {part: shapes_in(state.tensors, f"adam/{part}") for part in _ADAM_STATE}
+        for section in sections:
+            check_names(shapes_in(state.tensors, section), self.policy, f"learner state, section {section!r},")
         num_steps = state.values.get("num_optimiser_steps")
         if not isinstance(num_steps, int) or (num_steps > 0) != bool(adam["step"]):
             raise CheckpointError(
@@ -305,12 +327,10 @@ class Learner:
             check_names(adam["exp_avg"], self.policy, "learner state, section 'adam/exp_avg',")
             check_names(adam["exp_avg_sq"], self.policy, "learner state, section 'adam/exp_avg_sq',")
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(own["params"][name])
-        for relative, current in self.policies.relatives.items():
-            for name, tensor in current.items():
-                tensor.copy_(own[relative][name])
-        self._load_adam(adam if num_steps > 0 else None)
+            for section, own in sections.items():
+                for name, tensor in own.items():
+                    tensor.copy_(part_of(state.tensors, f"{section}/{name}", self._trained.rows.get(name)))
+        self._load_adam(state.tensors if num_steps > 0 else None)
         self._num_optimiser_steps = num_steps
 
     def _relative(self, which: Which) -> Relative | None:
@@ -320,25 +340,24 @@ class Learner:
         wanted = self.algorithm.rollout_policy
         return wanted if which == "rollout" and wanted != "current" else None
 
+    def _gather(self, which: Which, device: torch.device) -> PolicyTensors:
+        """All of one of the learner's policies, on rank 0."""
+        relative = self._relative(which)
+        tensors = self._trained.tensors if relative is None else self.policies.relatives[relative]
+        return self._trained.gather(tensors, device)
+
     def _adam_state(self, part: str) -> PolicyTensors:
         state = self._optimizer.state
-        return {name: state[p][part] for name, p in self._parameters.items() if part in state.get(p, {})}
+        return {name: state[p][part] for name, p in self._trained.tensors.items() if part in state.get(p, {})}
 
-    def _load_adam(self, adam: Mapping[str, PolicyTensors] | None) -> None:
+    def _load_adam(self, tensors: Mapping[str, torch.Tensor] | None) -> None:
         self._optimizer.state.clear()
-        if adam is None:
+        if tensors is None:
             return
-        for name, parameter in self._parameters.items():
-            self._optimizer.state[parameter] = {
-                # The step count stays on the CPU, where AdamW keeps it; moments lie with their parameter.
-                part: adam[part][name].clone() if part == "step" else adam[part][name].to(parameter.device, copy=True)
-                for part in _ADAM_STATE
-            }
+        for name, parameter in self._trained.tensors.items():
+            # The step count stays on the CPU, where AdamW keeps it; moments lie with their parameter.
+            moments = {part: self._moment(tensors, part, name).to(parameter.device, copy=True) for part in _MOMENTS}
+            self._optimizer.state[parameter] = {**moments, "step": tensors[f"adam/step/{name}"].clone()}
 
-
-def _prefixed(section: str, tensors: PolicyTensors) -> PolicyTensors:
-    return {f"{section}/{name}": tensor for name, tensor in tensors.items()}
-
-
-def _section(tensors: PolicyTensors, section: str) -> PolicyTensors:
-    return {name.removeprefix(f"{section}/"): t for name, t in tensors.items() if name.startswith(f"{section}/")}
+    def _moment(self, tensors: Mapping[str, torch.Tensor], part: str, name: str) -> torch.Tensor:
+        return part_of(tensors, f"adam/{part}/{name}", self._trained.rows.get(name))

@@ -12,11 +12,15 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed
 
 from raylign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class GradientBucket:
@@ -96,6 +100,26 @@ class RankGroup:
         if self.num_ranks > 1:
             for tensor in tensors:
                 distributed.broadcast(tensor, src=source)
+
+    def gather_rows(self, part: torch.Tensor, total: int) -> torch.Tensor | None:
+        """The whole of a tensor of `total` rows, of which every rank gives its part (`Rows.of_rank`); None but on rank
+        0."""
+        each = -(-total // self.num_ranks)
+        padded = part.contiguous()
+        if len(part) < each:
+            padded = part.new_zeros(each, *part.shape[1:])
+            padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in range(self.num_ranks)] if self.rank == 0 else None
+        distributed.gather(padded, parts, dst=0)
+        return None if parts is None else torch.cat(parts)[:total]
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """All ranks in a row, for what is sharded over them on this kind of device."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        world = distributed.group.WORLD
+        assert world is not None
+        return DeviceMesh.from_group(world, device.type)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -2,7 +2,8 @@
 which makes the rollouts), "reference" (weight version 0) and "average" (a running mean that is evaluated).
 
 A relative is a set of tensors, not a second network. To ask it something, its tensors are swapped into the network's
-parameters for the length of one forward without gradient: no copy, and no second model in memory.
+parameters for the length of one forward without gradient: no copy, and no second model in memory. Of a sharded network
+a rank holds its part of each relative.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 from raylign.errors import WeightError
 from raylign.models.base import Conditioning, guided_velocity
-from raylign.models.swapping import PolicyTensors, Trainable, clone_tensors, using
+from raylign.models.swapping import PolicyTensors, Trainable, clone_tensors, is_sharded, own_part, using
 from raylign.models.tokens import TokenPrediction, TokenPrompts
 from raylign.precision import Precision, autocast
 from raylign.types import Needs
@@ -41,10 +42,11 @@ def check_names(got: Mapping[str, torch.Tensor], policy: Trainable, what: str) -
 def decay_towards(policy: Trainable, tensors: PolicyTensors, decay: float) -> None:
     """In place: tensors <- decay * tensors + (1 - decay) * current. At decay 0 an exact copy."""
     for name, parameter in policy.trainable_parameters().items():
+        held = own_part(parameter).detach()
         if decay == 0.0:
-            tensors[name].copy_(parameter.detach())
+            tensors[name].copy_(held)
         else:
-            tensors[name].mul_(decay).add_(parameter.detach(), alpha=1 - decay)
+            tensors[name].mul_(decay).add_(held, alpha=1 - decay)
 
 
 class PolicySet:
@@ -57,6 +59,8 @@ class PolicySet:
         """
         self.policy = policy
         self.precision: Precision = precision
+        # A cast of a weight that was gathered for one block must not stay when the weight goes.
+        self._cache_casts = not any(is_sharded(one) for one in policy.trainable_parameters().values())
         wanted: list[Relative] = [relative for need, relative in _NEEDED.items() if need in needs]
         if average:
             wanted.append("average")
@@ -71,7 +75,7 @@ class PolicySet:
     ) -> torch.Tensor:
         """The current policy's velocity, (N, C, H, W) fp32, with gradient where the caller records one."""
         # One autocast region per forward: its cache of cast weights must not outlive a swap.
-        with autocast(self.precision, self.policy.device):
+        with autocast(self.precision, self.policy.device, self._cache_casts):
             velocity = guided_velocity(self.policy, state_NCHW, sigma_N, conditioning, guidance_scale)
         return velocity.float()
 
@@ -102,5 +106,5 @@ class PolicySet:
         if relative is not None:
             with using(self.policy, self.relatives[relative]):
                 return self.predict_tokens(canvas_NL, prompts, span=span)
-        with autocast(self.precision, self.policy.device):
+        with autocast(self.precision, self.policy.device, self._cache_casts):
             return self.policy.predict(canvas_NL, prompts, span)

@@ -25,7 +25,9 @@ class MetricTally:
         self._maxima = torch.full_like(self._sums, -torch.inf)
 
     def add(self, values: Mapping[str, torch.Tensor], valid_N: torch.Tensor) -> None:
-        """Count one micro-batch: one (N,) tensor per name."""
+        """Count one micro-batch: one (N,) tensor per name. One without a valid item counts nothing."""
+        if not bool(valid_N.any()):
+            return
         valid = torch.stack([values[name].detach().double() for name in self._names])[:, valid_N]
         self._sums += valid.sum(dim=1)
         self._maxima = torch.maximum(self._maxima, valid.amax(dim=1))

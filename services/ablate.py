@@ -40,7 +40,8 @@ from services.frontier import Estimate, FrontierPoint, Quality, mean_point, read
 from services.frontier_picture import draw_frontier
 from services.pictures import save_png
 from services.report import inline, render
-from services.run import EXIT_OK, config_sha256, resume_run, train_run
+from services.run import EXIT_OK, resume_run, train_run
+from services.run_checkpoints import config_sha256
 from services.run_dir import RunDir, read_summary, write_atomic
 
 DEFAULT_GAMMAS = (0.0, 0.05, 0.15, 0.4, 1.2)
@@ -95,7 +96,7 @@ def ablate(
             continue
         say(head)
         code = (train or go)(job.config, stem, job.path)
-        if code != EXIT_OK:
+        if code != EXIT_OK or read_summary(job.path / "summary.json").get("status") == "stopped":
             say(f"stopped at {job.path}; the same command goes on from there")
             return code
         page = write_ablation(jobs, out)

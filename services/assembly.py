@@ -69,7 +69,10 @@ def build_learner(config: RunConfig, ranks: RankGroup) -> Learner:
     device = "cuda" if config.learner.num_gpus_per_rank > 0 else "cpu"
     # What an adapter is added to is frozen and may be small; what is trained stays fp32.
     precision = config.learner.precision if config.model.tuning == "lora" else "fp32"
-    policy: Any = load_policy(config.model, "learner", device, precision, False, adapter_seed(config))
+    # What is to be sharded may be larger than one GPU: it comes from the host, part by part.
+    sharded = config.learner.sharding == "fsdp" and ranks.num_ranks > 1
+    place = "cpu" if sharded else device
+    policy: Any = load_policy(config.model, "learner", place, precision, False, adapter_seed(config))
     return Learner(
         config.learner,
         config.algorithm,
@@ -80,6 +83,7 @@ def build_learner(config: RunConfig, ranks: RankGroup) -> Learner:
         run_seed=config.seed,
         ranks=ranks,
         packing=packing(config, policy.network),
+        device=torch.device(device),
     )
 
 

@@ -229,7 +229,8 @@ def parse_numbers(option: str, text: str) -> tuple[float, ...]:
 
 
 def main() -> None:
-    """Entry point: Raylign's own errors are printed without a traceback, exit code 1; Ctrl-C and SIGTERM are 130."""
+    """Entry point: Raylign's own errors are printed without a traceback, exit code 1; Ctrl-C and SIGTERM are 130
+    where there was nothing to checkpoint, or no time to."""
     from services.process import prepare_environment
 
     prepare_environment()

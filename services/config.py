@@ -39,6 +39,7 @@ from services.async_checks import check_async
 from services.elastic import ElasticConfig
 from services.explore_checks import check_exploration
 from services.image_checks import check_image_run
+from services.nodes import NodesConfig
 from services.parity import FORMAT_GAPS
 from services.precision_checks import check_packed_publication, check_precision
 from services.record import RecordConfig
@@ -79,6 +80,8 @@ class RolloutConfig(ElasticConfig):
     """Compute threads per actor."""
     num_gpus: float = Field(default=0.0, ge=0)
     """GPUs per actor; 0 runs on the CPU."""
+    hung_after_s: float = Field(default=60.0, gt=0)
+    """An actor that does not answer in this, nor in ten times what such calls take, is given up and started anew."""
     parity_every_steps: int = Field(default=20, ge=1)
     """Versions between checks that actors and learner predict the same; the first version is always checked."""
     parity_tolerance: float | None = Field(default=None, gt=0)
@@ -143,8 +146,13 @@ class RunConfig(Config):
     """Stop, after a checkpoint, when more than this share of a step's samples has no reward."""
     start_timeout_s: float = Field(default=600.0, gt=0)
     """How long actors may take to start and load the model, on a cluster that others use too."""
+    wait_for_nodes: bool = False
+    """The cluster will grow (by an autoscaler, or by hand): what it lacks is waited for, for start_timeout_s at most,
+    instead of refused at once, and actors may be asked for beyond what its nodes hold."""
     max_refused_steps: int = Field(default=3, ge=1)
     """Stop, after a checkpoint, after this many refused (not finite) updates in a row."""
+    max_learner_restarts: int = Field(default=3, ge=0)
+    """Stop when learner processes died more often than this without a step done between; 0 stops at the first."""
     model: ModelConfig = Sd3Config()
     prompts: PromptsConfig = PromptsConfig()
     sampler: SamplerConfig = EulerOdeConfig()
@@ -153,6 +161,7 @@ class RunConfig(Config):
     reward_service: RunServiceConfig = RunServiceConfig()
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
+    nodes: NodesConfig = NodesConfig()
     async_guard: AsyncGuardConfig = AsyncGuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     record: RecordConfig = RecordConfig()
@@ -332,6 +341,11 @@ class RunConfig(Config):
                 f"groups: {self.groups_per_step} groups per step do not divide into {shares} shares (updates_per_step "
                 "x num_ranks); raise groups_per_step or lower learner.updates_per_step"
             )
+        if self.learner.sharding == "fsdp" and getattr(self.model, "trust_remote_code", False):
+            raise ValueError(
+                "learner.sharding = 'fsdp' shards native networks only: how often a checkpoint's own code is asked "
+                "depends on the batch; set learner.sharding = 'none', or model.trust_remote_code = false"
+            )
         if self.placement == "in_process" and self.learner.num_ranks > 1:
             raise ValueError(f"in_process has one learner rank, got learner.num_ranks = {self.learner.num_ranks}")
 
@@ -345,6 +359,11 @@ class RunConfig(Config):
             raise ValueError(
                 f"colocated workers are rollout actor and learner rank in one, so rollout.num_actors and "
                 f"learner.num_ranks must be equal, got {self.rollout.num_actors} and {self.learner.num_ranks}"
+            )
+        if self.rollout.bounds.is_elastic:
+            raise ValueError(
+                "colocated workers are learner ranks too, so their number is fixed; leave out rollout.min_actors and "
+                "max_actors, or use placement = 'separate'"
             )
 
 

@@ -129,6 +129,9 @@ class RunConsole:
 
         `held_out` are the names of the rewards that are held-out metrics.
         """
+        again = max(0, self._state.step - start_step) if self._training else 0
+        for series in (self._state.rewards, self._state.calls) if again else ():
+            del series[-again:]  # steps that are done a second time
         self._state.num_steps, self._state.start_step = num_steps, start_step
         self._state.held_out = held_out
         self._state.step, self._state.began = start_step, self._clock()

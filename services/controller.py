@@ -79,6 +79,7 @@ class Controller:
         learner: LearnerRole,
         observer: Observer,
         save: Callable[[int], Awaitable[None]],
+        stop: asyncio.Event | None = None,
     ) -> None:
         self._config = config
         self._prompts = prompts
@@ -98,7 +99,7 @@ class Controller:
         self._old_until = 0
         self.guard = StalenessGuard(config.async_guard, config.max_staleness)
         """Its state belongs into checkpoints, and is restored before `run`."""
-        self.stop = asyncio.Event()
+        self.stop = stop if stop is not None else asyncio.Event()
         self.step = 0
         """Last completed step."""
 
@@ -264,7 +265,8 @@ class Controller:
         if self._refused >= self._config.max_refused_steps:
             raise NumericsError(
                 f"{self._refused} steps in a row up to step {step} had a loss or gradient that is not finite and were "
-                "refused; the weights are the last good ones. Lower learner.lr or learner.grad_clip, then resume"
+                "refused; the weights are the last good ones. Lower learner.lr or learner.grad_clip: `raylign resume "
+                "RUN --learner.lr 1e-5 --allow-config-change learner.lr`"
             )
 
     def _check_failures(self, groups: Sequence[RolloutGroup], where: str) -> None:

@@ -17,27 +17,6 @@ from pydantic import Field, model_validator
 from raylign.config import Config
 
 
-class ElasticConfig(Config):
-    """How many rollout actors a run has, and between which bounds it changes their number by itself."""
-
-    num_actors: int = Field(default=2, ge=1)
-    """Rollout actors at the start; may be changed freely, also while the run goes: results stay the same."""
-    min_actors: int | None = Field(default=None, ge=1)
-    """The run starts when so many are up and the others join when they come; num_actors when not given."""
-    max_actors: int | None = Field(default=None, ge=1)
-    """Up to so many are added while the learner waits for samples; num_actors when not given."""
-
-    @model_validator(mode="after")
-    def _check_order(self) -> ElasticConfig:
-        least, most = self.min_actors or self.num_actors, self.max_actors or self.num_actors
-        if not least <= self.num_actors <= most:
-            raise ValueError(
-                f"rollout.num_actors {self.num_actors} must lie between min_actors {least} and max_actors {most}; "
-                "change one of them"
-            )
-        return self
-
-
 @dataclass(frozen=True, slots=True)
 class ActorBounds:
     """The fewest and the most rollout actors. Equal bounds are a pool that only a person changes."""
@@ -53,11 +32,30 @@ class ActorBounds:
         return max(self.least, min(self.most, wanted))
 
 
-def bounds_of(rollout: Config, num_actors: int) -> ActorBounds:
-    """The bounds that a configuration sets; both are `num_actors` for one that sets none."""
-    if not isinstance(rollout, ElasticConfig):
-        return ActorBounds(num_actors, num_actors)
-    return ActorBounds(rollout.min_actors or rollout.num_actors, rollout.max_actors or rollout.num_actors)
+class ElasticConfig(Config):
+    """How many rollout actors a run has, and between which bounds it changes their number by itself."""
+
+    num_actors: int = Field(default=2, ge=1)
+    """Rollout actors at the start; may be changed freely, also while the run goes: results stay the same."""
+    min_actors: int | None = Field(default=None, ge=1)
+    """The run starts when so many are up and the others join when they come; num_actors when not given."""
+    max_actors: int | None = Field(default=None, ge=1)
+    """Up to so many are added while the learner waits for samples; num_actors when not given."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> ElasticConfig:
+        least, most = self.bounds.least, self.bounds.most
+        if not least <= self.num_actors <= most:
+            raise ValueError(
+                f"rollout.num_actors {self.num_actors} must lie between min_actors {least} and max_actors {most}; "
+                "change one of them"
+            )
+        return self
+
+    @property
+    def bounds(self) -> ActorBounds:
+        """The fewest actors that a run starts with, and the most that it asks for by itself."""
+        return ActorBounds(self.min_actors or self.num_actors, self.max_actors or self.num_actors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,6 +137,16 @@ class RayFleet:
         """End a pause."""
         self._paused = False
 
+    def begin_again(self) -> None:
+        """Forget the weights that were pulled, and what became of the fleet without them: another learner publishes.
+
+        Actors work on. What nobody waits for any more is let go of.
+        """
+        for call in self._unfinished():
+            call.future.cancel()
+        self._snapshots.clear()
+        self._failure = None
+
     def status(self) -> PoolStatus:
         """How many actors are in which state."""
         staying, in_service, joining = self._staying(), self._in_service(), self._new - self._leaving
@@ -385,7 +395,11 @@ class RayFleet:
         if actor_id in self._new and isinstance(error, (RaylignError, ActorDiedError)):
             self._problem = str(error)
             self._discard(actor_id)
-        elif isinstance(error, ActorDiedError) and self._create is not None:
+        elif isinstance(error, ActorDiedError):
+            if self._create is None:
+                raise ClusterError(
+                    f"rollout actor {actor_id} of a fixed fleet died, and nothing starts it again; `raylign resume`"
+                )
             # One that worked and that Ray does not start again, for instance because a person ended it.
             leaving = actor_id in self._leaving
             self._discard(actor_id)

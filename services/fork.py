@@ -20,7 +20,8 @@ from raylign.errors import ConfigError
 from raylign.types import JsonValue
 from services.config_changes import Changes, entry, kept_policies, read_made_with, refuse_fixed
 from services.console import RunConsole
-from services.run import EXIT_FAILED, choose_checkpoint, go, run_record
+from services.run import EXIT_FAILED, go
+from services.run_checkpoints import choose_checkpoint, run_record
 from services.run_dir import RunDir
 from services.run_inputs import read_inputs, with_absolute_paths
 

@@ -9,13 +9,10 @@ import ray
 
 from raylign.assets import PREFIX, resolve
 from raylign.errors import ClusterError, ConfigError
-from raylign.models import check_model
-from raylign.types import Prompt
-from rewards import make_mix
-from rollout.prompts import load_prompts, refuse_overlap
 from services.config import RunConfig
 from services.jobs import ClusterFacts
-from services.topology import required_resources
+from services.nodes import required_resources
+from services.run_inputs import checked_prompts
 
 
 def check_versions(cluster: ClusterFacts) -> None:
@@ -41,14 +38,15 @@ def check_resources(config: RunConfig, total: Mapping[str, float], driver_cpus: 
     """
     if config.placement == "in_process":
         raise ConfigError("placement = 'in_process' uses no cluster; submit with --placement separate or colocated")
-    if not total:
+    if config.wait_for_nodes or not total:
         return
     for kind, wanted in required_resources(config).items():
         needed, got = wanted + (driver_cpus if kind == "CPU" else 0.0), float(total.get(kind, 0.0))
         if got < needed:
             raise ClusterError(
                 f"this run reserves {needed:g} {kind}s and the Ray cluster at {address} has {got:g}: {needed - got:g} "
-                "missing. Add nodes, or lower rollout.num_actors, learner.num_ranks or reward_service.num_replicas"
+                "missing. Add nodes (or let the run --wait_for_nodes true), or lower rollout.num_actors, "
+                "learner.num_ranks or reward_service.num_replicas"
             )
 
 
@@ -57,14 +55,5 @@ def check_inputs(config: RunConfig) -> None:
 
     Raises ConfigError, PromptError or ModelError.
     """
-    prompts = load_prompts(resolve(config.prompts.train), config.prompts.fields)
-    heldout: list[Prompt] = []
-    if config.prompts.heldout is not None:
-        heldout = load_prompts(resolve(config.prompts.heldout), config.prompts.fields)
-        refuse_overlap(prompts, heldout)
-        heldout = heldout[: config.eval.num_prompts]
-    if config.model.path.startswith(PREFIX) or resolve(config.model.path).exists():
-        check_model(config.model, [prompt.text for prompt in (*prompts, *heldout)])
-    rewards = make_mix(config.rewards)
-    for prompt in (*prompts, *heldout):
-        rewards.check(prompt)
+    model = config.model.path
+    checked_prompts(config, model_is_here=model.startswith(PREFIX) or resolve(model).exists())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from services.autoscaler import autoscaled
 from services.config import RunConfig
 from services.run_control import RunControl, control_server
-from services.topology import Topology, actor_bounds, most_actors
+from services.topology import Topology, most_actors
 
 if TYPE_CHECKING:
     from services.controller import Observer
@@ -21,11 +21,11 @@ def answering(
 ) -> AbstractAsyncContextManager[None]:
     """Within it `raylign scale`, `pause` and `unpause` reach the run. `step` tells the last completed one."""
     control = RunControl(
-        topology.pool, actor_bounds(config), lambda: most_actors(config), lambda: (step(), config.num_steps)
+        topology.pool, config.rollout.bounds, lambda: most_actors(config), lambda: (step(), config.num_steps)
     )
     return control_server(control, run_dir)
 
 
 def scaling(config: RunConfig, topology: Topology, observer: Observer, note: Callable[[str], None]) -> Observer:
     """The controller's observer, which also scales where the configuration gives bounds; `note` hears of it."""
-    return autoscaled(observer, topology.pool, actor_bounds(config), lambda: most_actors(config), note)
+    return autoscaled(observer, topology.pool, config.rollout.bounds, lambda: most_actors(config), note)

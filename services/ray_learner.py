@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import torch
 from ray.actor import ActorHandle
 
+from learner.checkpoint import new_token
 from raylign.types import RolloutGroup, StepResult, WeightVersion
 from rollout.engine import Probe
 from services.ray_errors import answer
@@ -31,11 +34,17 @@ class Publication:
 
 
 class RayLearner:
-    """A LearnerRole over worker actors; `ranks[0]` publishes, saves and answers."""
+    """A LearnerRole over worker actors; `ranks[0]` publishes, saves and answers.
 
-    def __init__(self, ranks: Sequence[ActorHandle], deltas: bool = False) -> None:
-        """`deltas`: publish what changed since the last version, beside the whole."""
+    Sharded ranks must take part in all of it. What concerns several ranks is asked of all in one go, with nothing
+    awaited in between, so that every rank does the same things in the same order.
+    """
+
+    def __init__(self, ranks: Sequence[ActorHandle], deltas: bool = False, *, sharded: bool = False) -> None:
+        """`deltas`: publish what changed since the last version, beside the whole. `sharded`: a rank holds its part
+        of the weights only."""
         self._ranks = tuple(ranks)
+        self._sharded = sharded and len(self._ranks) > 1
         self._deltas = deltas
 
     async def begin_step(self, groups: Sequence[RolloutGroup], step: int) -> Mapping[str, float]:
@@ -59,27 +68,52 @@ class RayLearner:
             return await self._publish_changes(version, which)
         references: Any = self._ranks[0].publish.options(num_returns=2).remote(version, which)
         snapshot, receipt = references
-        await answer(receipt)
+        await asyncio.gather(answer(receipt), *self._contributions(which))
         return snapshot
 
     async def _publish_changes(self, version: WeightVersion, which: WhichPolicy) -> Publication:
         call = self._ranks[0].learner_call.options(num_returns=3)
         references: Any = call.remote("publish_changes", version, which)
         delta, whole, kind = references
-        return Publication(delta if await answer(kind) == "delta" else whole, whole)
+        sent, *_ = await asyncio.gather(answer(kind), *self._contributions(which))
+        return Publication(delta if sent == "delta" else whole, whole)
+
+    def _contributions(self, which: WhichPolicy) -> list[Coroutine[Any, Any, Any]]:
+        """What the other ranks do while rank 0 gathers sharded weights."""
+        others = self._ranks[1:] if self._sharded else ()
+        return [answer(rank.learner_call.remote("contribute", which)) for rank in others]
 
     async def save(self, folder: Path, record: Mapping[str, Any]) -> None:
-        await self._first("save", str(folder), dict(record))
+        if self._sharded:
+            await self._save_parts(str(folder), dict(record))
+        else:
+            await self._first("save", str(folder), dict(record))
+
+    async def _save_parts(self, folder: str, record: Mapping[str, Any]) -> None:
+        """Every rank writes its part; when all have, rank 0 makes them a checkpoint. All or nothing."""
+        token = new_token()
+        written = await asyncio.gather(
+            *(answer(rank.save_part.remote(folder, token)) for rank in self._ranks), return_exceptions=True
+        )
+        failures = [one for one in written if isinstance(one, BaseException)]
+        if failures:
+            with suppress(ray.exceptions.RayError):  # rank 0 is gone; the next save deletes what is left
+                await self._first("discard_parts", folder, token)
+            raise failures[0]
+        await self._first("finish_save", folder, token, written, record)
 
     async def load(self, folder: Path) -> None:
         await asyncio.gather(*(answer(rank.load.remote(str(folder))) for rank in self._ranks))
 
     async def predict(self, probe: Probe) -> torch.Tensor:
         parts = probe.state, probe.sigma_B, probe.conditioning
+        if self._sharded:
+            return (await self._call("predict", *parts)).cpu()
         return (await self._first("learner_call", "predict", *parts)).cpu()
 
     async def weights_sha256(self) -> str:
-        return await self._first("learner_call", "weights_sha256")
+        answers = self._first("learner_call", "weights_sha256"), *self._contributions("current")
+        return (await asyncio.gather(*answers))[0]
 
     async def _first(self, method: str, *args: Any) -> Any:
         """Call rank 0 alone."""

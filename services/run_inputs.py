@@ -27,18 +27,28 @@ class RunInputs:
 
 def read_inputs(config: RunConfig) -> RunInputs:
     """Check the model directory, read the prompts, and let every required reward check each, before anything starts."""
+    prompts, heldout = checked_prompts(config)
+    tasks = [GroupTask(prompt, -1, place) for place, prompt in enumerate(heldout)]
+    return RunInputs(prompts, tasks, _sha256s(config))
+
+
+def checked_prompts(config: RunConfig, model_is_here: bool = True) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on and to hold out. A model that is elsewhere is not looked at.
+
+    Raises ConfigError, PromptError or ModelError.
+    """
     prompts = load_prompts(resolve(config.prompts.train), config.prompts.fields)
     heldout: list[Prompt] = []
     if config.prompts.heldout is not None:
         heldout = load_prompts(resolve(config.prompts.heldout), config.prompts.fields)
         refuse_overlap(prompts, heldout)
         heldout = heldout[: config.eval.num_prompts]
-    check_model(config.model, [prompt.text for prompt in (*prompts, *heldout)])
+    if model_is_here:
+        check_model(config.model, [prompt.text for prompt in (*prompts, *heldout)])
     rewards = make_mix(config.rewards)
     for prompt in (*prompts, *heldout):
         rewards.check(prompt)
-    tasks = [GroupTask(prompt, -1, place) for place, prompt in enumerate(heldout)]
-    return RunInputs(prompts, tasks, _sha256s(config))
+    return prompts, heldout
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

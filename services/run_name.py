@@ -1,7 +1,7 @@
 """What a run is called on a cluster that it shares, and what of dead runs lies there. Pure.
 
-A run's Serve applications are `<name>-<reward>`, and its first learner rank is an actor of that name. Ray ends the
-actor when the driver is gone, however it ended; Serve keeps applications. Those whose actor is missing are left over.
+A run's Serve applications are `<name>-<reward>`, and its workers are actors called `<name>/<number>`. Ray ends the
+actors when the driver is gone, however it ended; Serve keeps applications. Those of a run without actors are left over.
 """
 
 from __future__ import annotations

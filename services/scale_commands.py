@@ -62,14 +62,19 @@ def serve_runs(
     token_file: Annotated[
         Path | None, typer.Option(help="File with the bearer token that clients send; needed off loopback.")
     ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="Ray cluster that resumed and forked runs join; one of their own if absent."),
+    ] = None,
 ) -> None:
-    """Serve runs over HTTP until Ctrl-C: their metrics and samples, and control of those that are live here.
+    """Serve runs over HTTP until Ctrl-C: their metrics and samples, control of those that are live here, and new ones
+    from their checkpoints.
 
     Example: `raylign serve-runs runs --host 0.0.0.0 --token-file ~/.raylign_runs_token`
     """
     from services.run_api import serve_runs as serve
 
-    serve(folder.resolve(), host, port, read_token(token_file))
+    serve(folder.resolve(), host, port, read_token(token_file), address)
 
 
 def read_token(path: Path | None) -> str | None:

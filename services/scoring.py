@@ -17,25 +17,29 @@ from services.roles import Scorer
 class HttpScorer:
     """Scores a run's samples as any other client of the service would; lossless pictures give the same values."""
 
-    def __init__(self, client: RewardClient, compares: bool, trained: Sequence[str]) -> None:
+    def __init__(
+        self, client: RewardClient, compares: bool, trained: Sequence[str], deadline_s: float | None = None
+    ) -> None:
         """`compares`: whether a reward scores a group as a whole, so that each group goes in a request of its own.
 
-        `trained`: the names of the rewards that are no held-out metrics.
+        `trained`: the names of the rewards that are no held-out metrics. deadline_s: what has no score by then, tried
+        again and again, is an error.
         """
         self._client = client
         self._compares = compares
         self._trained = tuple(trained)
+        self._deadline_s = deadline_s
 
     async def score(self, samples: Sequence[RewardSample], evaluation: bool = False) -> list[RewardBreakdown]:
         """One breakdown per sample, in order; errors are values. An evaluation asks the held-out metrics as well."""
         only = None if evaluation else self._trained
 
         async def score_group(group: Sequence[RewardSample]) -> list[RewardBreakdown]:
-            return (await self._client.score_group(group, only)).breakdowns
+            return (await self._client.score_group(group, only, deadline_s=self._deadline_s)).breakdowns
 
         if self._compares:
             return await in_groups(samples, score_group)
-        return await self._client.score(samples, only)
+        return await self._client.score(samples, only, deadline_s=self._deadline_s)
 
     async def close(self) -> None:
         """Close its connections."""

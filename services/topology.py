@@ -3,42 +3,53 @@
 from __future__ import annotations
 
 import asyncio
-import math
-import os
 import resource
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from learner.parallel import RankGroup
 from raylign.errors import ClusterError
-from rewards import AnyRewardConfig, make_mix
+from rewards import make_mix
 from rewards.remote import RewardClient
 from services.assembly import build_engine, build_learner
 from services.config import RunConfig
-from services.elastic import ActorBounds, bounds_of, most_that_fit
+from services.elastic import most_that_fit
 from services.in_process import LocalFleet, LocalLearner
+from services.nodes import (
+    actor_needs,
+    might_fit,
+    rank_needs,
+    required_resources,
+    reward_selector,
+    selector,
+    served,
+    serves_http,
+)
+from services.patience import Patience
 from services.ray_errors import answer
-from services.reward_config import HTTP_CPUS
 from services.roles import Fleet, LearnerRole, Scorer
 from services.run_name import new_run_name
 from services.scoring import HttpScorer, WithLightMetrics
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
+    from ray.util.placement_group import PlacementGroup
 
     from services.fleet import RayFleet
     from services.reward_app import RewardService
+    from services.worker_actor import Worker
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 
-ROLE_LABEL = "raylign.io/role"
-"""Ray label of nodes that are set aside: `learner`, `rollout`, `rewards` or `judge` (rewards that need a GPU).
-
-deploy/ labels its worker groups with it.
-"""
 _MEMORY_TIMEOUT_S = 10.0
+# Serve puts another process in the place of a dead HTTP face within 10 to 20 s, and attempts go on for about a minute.
+_HTTP_ATTEMPTS = 12
+_HTTP_PATIENCE = 4
+# A node counts as dead after half a minute of silence.
+_DEATH_KNOWN_AFTER_S = 60.0
 
 
 @dataclass(slots=True)
@@ -50,18 +61,40 @@ class Topology:
     learner: LearnerRole
     pool: RayFleet | None = None
     """The fleet again, where its number of actors can change: actors and ranks are separate."""
-    _ranks: tuple[ActorHandle, ...] = ()
-    _actors: Callable[[], Mapping[int, ActorHandle]] = dict
+    _workers: Workers | None = None
     _close: tuple[Callable[[], Awaitable[None]], ...] = ()
     _stop: tuple[Callable[[], None], ...] = ()
 
+    async def num_lost_ranks(self) -> int:
+        """How many learner ranks are gone; 0 where the learner is this process."""
+        return 0 if self._workers is None else await self._workers.num_lost_ranks()
+
+    async def renew_learner(self, phase: Phase) -> None:
+        """Make every learner rank anew, those that live too: they may be halfway through a step with the dead.
+
+        Rollout actors and the reward service stay, unless the actors are the ranks. Raises ClusterError if there is no
+        place for the ranks, and what Ray raises for one that dies again. `learner`, and colocated `fleet`, are others
+        afterwards, without weights.
+        """
+        assert self._workers is not None
+        with phase("learner, again"):
+            if self.pool is None:
+                await self.fleet.close()
+            await self._workers.renew_ranks()
+        self.learner = self._workers.learner()
+        if self.pool is None:
+            self.fleet = self._workers.fixed_fleet()
+        else:
+            self.pool.begin_again()
+
     async def peak_memory_bytes(self) -> dict[str, int]:
         """Peak resident memory by worker, without workers that are away; this process alone when there are none."""
-        if not self._ranks:
+        if self._workers is None:
             return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
         # A colocated worker has the learner's name.
-        names = {actor: f"rollout_{number}" for number, actor in self._actors().items()}
-        names |= {rank: f"learner_{place}" for place, rank in enumerate(self._ranks)}
+        handles = {} if self.pool is None else self.pool.handles()
+        names = {actor: f"rollout_{number}" for number, actor in handles.items()}
+        names |= {rank: f"learner_{place}" for place, rank in enumerate(self._workers.ranks)}
         asked = {asyncio.ensure_future(worker.peak_memory_bytes.remote()): name for worker, name in names.items()}
         done, silent = await asyncio.wait(asked, timeout=_MEMORY_TIMEOUT_S)
         for task in silent:
@@ -86,66 +119,22 @@ async def build(config: RunConfig, phase: Phase, own_cluster: bool = True) -> To
     return await _build_on_ray(config, phase, own_cluster)
 
 
-def required_resources(config: RunConfig, num_actors: int | None = None) -> dict[str, float]:
-    """CPUs and GPUs that the run's actors and reward replicas reserve on a Ray cluster.
-
-    `num_actors`: with so many rollout actors; by default with the fewest that the run starts with.
-    """
-    service = config.reward_service
-    servings = [service.serving(reward.name) for reward in _served(config)]
-    cpus = sum(serving.min_replicas * serving.num_cpus_per_replica for serving in servings)
-    cpus += HTTP_CPUS * service.http_replicas if _serves_http(config) else 0
-    reward_gpus = sum(serving.min_replicas * serving.num_gpus_per_replica for serving in servings)
-    actors = actor_bounds(config).least if num_actors is None else num_actors
-    gpus = actors * config.rollout.num_gpus
-    if config.placement == "colocated":
-        cpus += config.learner.num_ranks
-        gpus = config.learner.num_ranks * max(config.rollout.num_gpus, config.learner.num_gpus_per_rank)
-    else:
-        cpus += actors + config.learner.num_ranks
-        gpus += config.learner.num_ranks * config.learner.num_gpus_per_rank
-    return {"CPU": cpus, "GPU": gpus + reward_gpus}
-
-
-def local_cpus(config: RunConfig) -> int:
-    """CPUs of a run's own cluster: the machine's, or what the run may reserve at most.
-
-    Phases take turns at staleness 0, so a small machine may well hold more processes than cores.
-    """
-    return max(os.cpu_count() or 1, math.ceil(required_resources(config, actor_bounds(config).most)["CPU"]))
-
-
-def actor_bounds(config: RunConfig) -> ActorBounds:
-    """The fewest rollout actors that the run starts with, and the most that it asks for by itself."""
-    return bounds_of(config.rollout, config.rollout.num_actors)
-
-
 def most_actors(config: RunConfig) -> int:
     """How many rollout actors the connected cluster could ever hold beside the run's other roles."""
+    if config.wait_for_nodes:
+        return sys.maxsize
     import ray
 
     nodes = ray.nodes()
-    where = role_selector(nodes, "rollout")
-    fit = [node["Resources"] for node in nodes if node["Alive"] and where.items() <= node["Labels"].items()]
-    need = {"CPU": 1.0, "GPU": config.rollout.num_gpus}
-    return most_that_fit(fit, ray.cluster_resources(), need, required_resources(config, num_actors=0))
-
-
-def role_selector(nodes: Sequence[Mapping[str, Any]], role: str) -> dict[str, str]:
-    """Keeps a role on the nodes that are set aside for it; {} if none is, and then any node will do."""
-    set_aside = any(node["Alive"] and node["Labels"].get(ROLE_LABEL) == role for node in nodes)
-    return {ROLE_LABEL: role} if set_aside else {}
-
-
-def reward_selector(nodes: Sequence[Mapping[str, Any]], num_gpus: float) -> dict[str, str]:
-    """Where replicas of a reward go: rewards that need a GPU to judges' nodes, or to rewards' nodes that have one."""
-    able = [node for node in nodes if float(node.get("Resources", {}).get("GPU", 0.0)) >= num_gpus]
-    roles = ("judge", "rewards") if num_gpus > 0 else ("rewards",)
-    return next((found for role in roles if (found := role_selector(able, role))), {})
+    where = selector(nodes, "rollout", config.nodes.rollout.labels)
+    fit = [node["Resources"] for node in nodes if might_fit(node, where)]
+    return most_that_fit(fit, ray.cluster_resources(), actor_needs(config), required_resources(config, num_actors=0))
 
 
 def check_cluster(config: RunConfig) -> None:
     """Raise ClusterError, naming what is missing, when the cluster can never hold the run."""
+    if config.wait_for_nodes:
+        return
     import ray
 
     available = ray.cluster_resources()
@@ -154,7 +143,16 @@ def check_cluster(config: RunConfig) -> None:
         if got < wanted:
             raise ClusterError(
                 f"this run reserves {wanted:g} {kind}s and the Ray cluster has {got:g}: {wanted - got:g} missing. "
-                "Add nodes, or lower rollout.num_actors, learner.num_ranks or reward_service.num_replicas"
+                "Add nodes (or let the run --wait_for_nodes true), or lower rollout.num_actors, learner.num_ranks or "
+                "reward_service.num_replicas"
+            )
+    nodes = ray.nodes()
+    for role, place in (("learner", config.nodes.learner), ("rollout", config.nodes.rollout)):
+        if not any(might_fit(node, place.labels) for node in nodes):
+            told = ", ".join(f"{name} = {value}" for name, value in place.labels.items())
+            raise ClusterError(
+                f"no node of the Ray cluster has what nodes.{role}.labels asks for ({told}); `ray list nodes --detail` "
+                "shows their labels"
             )
 
 
@@ -169,41 +167,39 @@ def _build_in_process(config: RunConfig, phase: Phase) -> Topology:
 
 async def _build_on_ray(config: RunConfig, phase: Phase, own_cluster: bool) -> Topology:
     name = new_run_name()
+    workers = Workers(config, name)
     with phase("workers starting"):
-        create, rollout_workers, rank_workers = _create_workers(config, name)
+        workers.start()
         # These imports take seconds and the workers load their models meanwhile.
         from services.fleet import RayFleet
-        from services.ray_learner import RayLearner
         from services.reward_app import RewardService
         from services.reward_deploy import reap
-    workers = {*rollout_workers, *rank_workers}
-    stop: list[Callable[[], None]] = [] if own_cluster else [lambda: _kill(workers)]
+    stop: list[Callable[[], None]] = [] if own_cluster else [workers.kill]
     try:
         with phase("reward service"):
             if not own_cluster:
                 reap(_living())
             service = RewardService.start(
-                _served(config), config.reward_service, _serves_http(config), name, _reward_places(config)
+                served(config), config.reward_service, serves_http(config), name, _reward_places(config)
             )
             if not own_cluster:
                 stop.append(service.shutdown)
         async with _start_timeout(config.start_timeout_s):
             with phase("learner"):
-                await _join_ranks(rank_workers)
+                await workers.join_ranks()
             with phase("rollout actors"):
-                least = actor_bounds(config).least if create is not None else len(rollout_workers)
-                up, late = await _first_up(rollout_workers, least)
+                up, late = await _first_up(workers.rollout, workers.least)
     except BaseException:  # also Ctrl-C: a joined cluster is left as it was
         for stop_one in stop:
             stop_one()
         raise
-    fleet, learner = RayFleet(up, create, late), RayLearner(rank_workers, deltas=config.learner.publish == "delta")
     over_http = config.reward_service.transport == "http"
     reached = _http_scorer(config, service) if over_http else service
-    light = [reward for reward in config.rewards if reward not in _served(config)]
+    light = [reward for reward in config.rewards if reward not in served(config)]
     scorer = WithLightMetrics(reached, make_mix(light)) if light else reached
-    pool = fleet if create is not None else None
-    return Topology(fleet, scorer, learner, pool, tuple(rank_workers), fleet.handles, (reached.close,), tuple(stop))
+    pool = None if workers.colocated else RayFleet(up, workers.rollout_actor, late, workers.patience())
+    fleet = workers.fixed_fleet() if pool is None else pool
+    return Topology(fleet, scorer, workers.learner(), pool, workers, (reached.close,), tuple(stop))
 
 
 def _reward_places(config: RunConfig) -> dict[str, dict[str, str]]:
@@ -212,17 +208,15 @@ def _reward_places(config: RunConfig) -> dict[str, dict[str, str]]:
 
     nodes = ray.nodes()
     serving = config.reward_service.serving
-    return {
-        reward.name: reward_selector(nodes, serving(reward.name).num_gpus_per_replica) for reward in _served(config)
-    }
+    return {reward.name: reward_selector(nodes, serving(reward.name).num_gpus_per_replica) for reward in served(config)}
 
 
 def _living() -> set[str]:
-    """Names of the cluster's actors, and so of the runs that have one."""
+    """Names of the runs that have an actor on the cluster."""
     from ray.util import list_named_actors
 
     named: Any = list_named_actors(all_namespaces=True)
-    return {actor["name"] for actor in named}
+    return {actor["name"].partition("/")[0] for actor in named}
 
 
 async def _first_up(workers: Sequence[ActorHandle], least: int) -> tuple[list[ActorHandle], list[ActorHandle]]:
@@ -242,24 +236,15 @@ async def _first_up(workers: Sequence[ActorHandle], least: int) -> tuple[list[Ac
     return up, [worker for worker in workers if worker not in up]
 
 
-def _served(config: RunConfig) -> list[AnyRewardConfig]:
-    """The rewards that get replicas: all but light held-out metrics, unless `per_reward` says how to serve them."""
-    told = config.reward_service.per_reward
-    return [one for one in config.rewards if not (one.only_eval and one.is_light) or one.name in told]
-
-
-def _serves_http(config: RunConfig) -> bool:
-    return config.reward_service.http or config.reward_service.transport == "http"
-
-
 def _http_scorer(config: RunConfig, service: RewardService) -> HttpScorer:
     """A client of the run's own service, more patient than the service is with its rewards."""
     settings = config.reward_service
-    slowest_s = max(settings.serving(reward.name).timeout_s for reward in _served(config))
+    slowest_s = max(settings.serving(reward.name).timeout_s for reward in served(config))
     assert service.address is not None  # it was started with its HTTP face
-    client = RewardClient(service.address, settings.read_token(), timeout_s=2 * slowest_s + 30)
-    trained = [reward.name for reward in _served(config) if not reward.only_eval]
-    return HttpScorer(client, service.compares, trained)
+    once_s = 2 * slowest_s + 30
+    client = RewardClient(service.address, settings.read_token(), timeout_s=once_s, max_attempts=_HTTP_ATTEMPTS)
+    trained = [reward.name for reward in served(config) if not reward.only_eval]
+    return HttpScorer(client, service.compares, trained, deadline_s=_HTTP_PATIENCE * once_s)
 
 
 @asynccontextmanager
@@ -279,46 +264,143 @@ async def _start_timeout(seconds: float) -> AsyncGenerator[None]:
         ) from None
 
 
-def _create_workers(
-    config: RunConfig, name: str
-) -> tuple[Callable[[], ActorHandle] | None, list[ActorHandle], list[ActorHandle]]:
-    """What makes one more rollout actor, the rollout workers and the learner ranks. Returns before they are up.
+class Workers:
+    """The actors of one run: rollout actors and learner ranks, or colocated workers that are both.
 
-    Colocated workers are both, so their number is fixed. The first rank has the run's name as long as the run lives.
+    All are named after the run, so that it counts as living for as long as one of them does.
+    """
+
+    def __init__(self, config: RunConfig, run_name: str) -> None:
+        self._config = config
+        self._run_name = run_name
+        self._made = 0
+        self.colocated = config.placement == "colocated"
+        """Whether each worker is rollout actor and learner rank, which fixes their number."""
+        self.ranks: list[ActorHandle] = []
+        self._places: PlacementGroup | None = None
+        self.rollout: list[ActorHandle] = []
+        """The rollout actors that the run starts with."""
+
+    @property
+    def least(self) -> int:
+        """The fewest rollout actors that the run starts with."""
+        return len(self.rollout) if self.colocated else self._config.rollout.bounds.least
+
+    def start(self) -> None:
+        """Create them all. Returns before they are up."""
+        self._start_ranks()
+        many = self._config.rollout.num_actors
+        self.rollout = self.ranks if self.colocated else [self.rollout_actor() for _ in range(many)]
+
+    def rollout_actor(self) -> ActorHandle:
+        """One more of them, which comes back by itself when it dies."""
+        from services.worker_actor import RolloutWorker
+
+        return self._create(RolloutWorker, None)
+
+    async def join_ranks(self) -> None:
+        """Rank 0 names a free port on its node, and all ranks meet there."""
+        address = await answer(self.ranks[0].free_address.remote())
+        await asyncio.gather(*(answer(rank.join_ranks.remote(f"tcp://{address}")) for rank in self.ranks))
+
+    async def num_lost_ranks(self) -> int:
+        """How many ranks are gone. What comes of a death may be seen before it is known, so this waits for answers."""
+        from ray.exceptions import RayActorError
+
+        asked = {asyncio.ensure_future(answer(rank.ping.remote())) for rank in self.ranks}
+        done, silent = await asyncio.wait(asked, timeout=_DEATH_KNOWN_AFTER_S, return_when=asyncio.FIRST_EXCEPTION)
+        for task in silent:
+            task.cancel()
+        return sum(isinstance(task.exception(), RayActorError) for task in done)
+
+    async def renew_ranks(self) -> None:
+        """End all ranks and bring up as many new ones, without weights."""
+        _kill(self.ranks)
+        self._start_ranks()
+        async with _start_timeout(self._config.start_timeout_s):
+            await self.join_ranks()
+            if self.colocated:
+                self.rollout = self.ranks
+                await asyncio.gather(*(answer(rank.ping.remote()) for rank in self.ranks))
+
+    def learner(self) -> LearnerRole:
+        """The ranks as one learner."""
+        from services.ray_learner import RayLearner
+
+        learner = self._config.learner
+        return RayLearner(self.ranks, deltas=learner.publish == "delta", sharded=learner.sharding == "fsdp")
+
+    def fixed_fleet(self) -> RayFleet:
+        """The colocated workers as a fleet."""
+        from services.fleet import RayFleet
+
+        return RayFleet(self.rollout, patience=self.patience())
+
+    def patience(self) -> Patience:
+        """When a rollout actor counts as hung."""
+        seconds = self._config.rollout.hung_after_s
+        return Patience(least_s=seconds, restart_after_s=seconds)
+
+    def kill(self) -> None:
+        """End those that the run started with, and all ranks."""
+        _kill({*self.rollout, *self.ranks})
+        if self._places is not None:
+            from ray.util import remove_placement_group
+
+            remove_placement_group(self._places)
+
+    def _start_ranks(self) -> None:
+        from services.worker_actor import ColocatedWorker, LearnerWorker
+
+        kind = ColocatedWorker if self.colocated else LearnerWorker
+        if self._places is None and self._config.learner.num_ranks > 1:
+            self._places = _reserve_ranks(self._config)
+        self.ranks = [self._create(kind, rank) for rank in range(self._config.learner.num_ranks)]
+
+    def _create(self, kind: type[Worker], rank: int | None) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        from services.worker_actor import LearnerWorker
+
+        config = self._config
+        role, needs = ("rollout", actor_needs(config)) if rank is None else ("learner", rank_needs(config))
+        place = config.nodes.rollout if rank is None else config.nodes.learner
+        others = {kind: amount for kind, amount in needs.items() if kind not in ("CPU", "GPU")}
+        self._made += 1
+        options: dict[str, Any] = {
+            "num_cpus": needs["CPU"],
+            "num_gpus": needs["GPU"],
+            "resources": others or None,
+            # A lost rollout actor comes back by itself; a lost rank would come back without its optimiser.
+            "max_restarts": -1 if rank is None else 0,
+            # Never the same again: Ray keeps the name of a dead actor for a moment.
+            "name": f"{self._run_name}/{self._made}",
+        }
+        if rank is not None and self._places is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._places, rank)
+        else:
+            options["label_selector"] = selector(ray.nodes(), role, place.labels) or None
+            options["scheduling_strategy"] = "SPREAD" if place.spread else "DEFAULT"
+        return ray.remote(kind).options(**options).remote(config, kind is not LearnerWorker, rank)
+
+
+def _reserve_ranks(config: RunConfig) -> PlacementGroup | None:
+    """Places for all ranks at once or none, so that of two runs neither waits for what the other holds half of.
+
+    None where ranks reserve nothing.
     """
     import ray
+    from ray.util import placement_group
 
-    from services.worker_actor import ColocatedWorker, LearnerWorker, RolloutWorker, Worker
-
-    def create(kind: type[Worker], rank: int | None, num_gpus: float) -> Any:
-        # A lost rollout actor comes back by itself; a lost rank would come back without its optimiser.
-        restarts = -1 if rank is None else 0
-        where = role_selector(ray.nodes(), "rollout" if rank is None else "learner")
-        actor = ray.remote(kind).options(
-            num_cpus=1,
-            num_gpus=num_gpus,
-            max_restarts=restarts,
-            label_selector=where or None,
-            name=name if rank == 0 else None,
-        )
-        return actor.remote(config, kind is not LearnerWorker, rank)
-
-    def rollout_actor() -> ActorHandle:
-        return create(RolloutWorker, None, config.rollout.num_gpus)
-
-    rollout, learner = config.rollout, config.learner
-    if config.placement == "colocated":
-        gpus = max(rollout.num_gpus, learner.num_gpus_per_rank)
-        both = [create(ColocatedWorker, rank, gpus) for rank in range(learner.num_ranks)]
-        return None, both, both
-    ranks = [create(LearnerWorker, rank, learner.num_gpus_per_rank) for rank in range(learner.num_ranks)]
-    return rollout_actor, [rollout_actor() for _ in range(rollout.num_actors)], ranks
-
-
-async def _join_ranks(ranks: list[ActorHandle]) -> None:
-    """Rank 0 names a free port on its node, and all ranks meet there."""
-    address = await answer(ranks[0].free_address.remote())
-    await asyncio.gather(*(answer(rank.join_ranks.remote(f"tcp://{address}")) for rank in ranks))
+    needs = {kind: amount for kind, amount in rank_needs(config).items() if amount > 0}
+    if not needs:
+        return None
+    where = selector(ray.nodes(), "learner", config.nodes.learner.labels)
+    count = config.learner.num_ranks
+    strategy = "SPREAD" if config.nodes.learner.spread else "PACK"
+    labels: Any = [where] * count if where else None
+    return placement_group([needs] * count, strategy, bundle_label_selector=labels)
 
 
 def _kill(workers: Iterable[ActorHandle]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from learner.checkpoint import load_checkpoint, save_checkpoint
+from learner.checkpoint import Part, discard_parts, finish_checkpoint, load_checkpoint, save_checkpoint, save_part
 from learner.parallel import RankGroup
 from raylign.errors import RaylignError
 from raylign.types import RolloutGroup, WeightVersion
@@ -104,6 +104,17 @@ class Worker:
 
     def save(self, folder: str, record: Mapping[str, Any]) -> None:
         save_checkpoint(Path(folder), self._learner.state_dict(), record)
+
+    def save_part(self, folder: str, token: str) -> Part:
+        """A sharded rank's file of a checkpoint, which `finish_save` completes."""
+        many = self._config.learner.num_ranks
+        return save_part(Path(folder), token, self._learner.state_dict(), self._rank or 0, many)
+
+    def finish_save(self, folder: str, token: str, parts: list[Part], record: Mapping[str, Any]) -> None:
+        finish_checkpoint(Path(folder), token, parts, self._learner.state_values(), record)
+
+    def discard_parts(self, folder: str, token: str) -> None:
+        discard_parts(Path(folder), token)
 
     def load(self, folder: str) -> None:
         self._learner.load_state_dict(load_checkpoint(Path(folder)).state)

@@ -14,6 +14,7 @@ from rewards.wire import RewardInfo
 from services.reward_config import ServiceConfig
 from services.reward_http import build_api
 from services.run_api import build_run_api
+from services.run_drivers import Drivers
 
 Json = Mapping[str, Any]
 _INTRODUCTION = """Two applications speak HTTP. Both refuse unknown keys, both publish their document at
@@ -120,7 +121,7 @@ def application(title: str, command: str, document: Json) -> list[str]:
 def http_page() -> str:
     """The whole page."""
     rewards = build_api(Unasked(), [JpegConfig()], ServiceConfig(), digest="0" * 64).openapi()
-    runs = build_run_api(Path(), token=None).openapi()
+    runs = build_run_api(Path(), token=None, drivers=Drivers(Path(), None)).openapi()
     lines = ["# HTTP interfaces", "", _INTRODUCTION]
     lines += application("Reward service", "`raylign serve-rewards`, by default at 127.0.0.1:8000.", rewards)
     lines += application("Runs", "`raylign serve-runs`, by default at 127.0.0.1:8270.", runs)

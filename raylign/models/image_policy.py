@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -31,11 +31,15 @@ from raylign.models.pipeline_folder import (
     load_pipeline,
 )
 from raylign.models.schedule import NoiseSchedule
+from raylign.models.sharding import shard_network
 from raylign.models.tuned import TunedWeights
 from raylign.precision import Precision, autocast
 from raylign.shapes import check_shape
 from raylign.types import WeightVersion
 from raylign.weights import WeightSnapshot
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class ImageModelConfig(Config):
@@ -146,6 +150,11 @@ class ImagePolicy:
 
     def enable_gradient_checkpointing(self) -> None:
         self.network.enable_gradient_checkpointing()
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """See Shardable."""
+        shard_network(self.network, mesh)
+        self.device = torch.device(mesh.device_type)
 
     def export_weights(self, version: WeightVersion, tensors: dict[str, torch.Tensor] | None = None) -> WeightSnapshot:
         return self._weights.export(version, tensors)

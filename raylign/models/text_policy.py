@@ -6,7 +6,7 @@ One class serves all text families, actor and learner alike: what the learner sc
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field, model_validator
@@ -19,11 +19,15 @@ from raylign.models.adapters import LoraSettings
 from raylign.models.bidirectional import BidirectionalNetwork
 from raylign.models.kv_cache import BlockCache
 from raylign.models.remote_code import NATIVE, RemoteNetwork
+from raylign.models.sharding import shard_network
 from raylign.models.tokens import BUDGET_HEAD, CacheKind, KvCache, TokenPrediction, TokenPrompts, Vocabulary
 from raylign.models.tuned import TunedWeights, Tuning
 from raylign.shapes import check_shape
 from raylign.types import WeightVersion
 from raylign.weights import WeightSnapshot
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class TextModelConfig(Config):
@@ -166,6 +170,18 @@ class TextPolicy:
                 f"learner.gradient_checkpointing = false, or {NATIVE}"
             )
         self.network.recompute = True
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """See Shardable. Raises ModelError for a checkpoint's own code. The budget head stays whole: it is small."""
+        if isinstance(self.network, RemoteNetwork):
+            raise ModelError(
+                "a checkpoint's own code cannot be sharded: how often it is asked depends on the batch; set "
+                f"learner.sharding = 'none', or {NATIVE}"
+            )
+        shard_network(self.network, mesh)
+        self.device = torch.device(mesh.device_type)
+        if self._head is not None:
+            self._head.to(self.device)
 
     def export_weights(self, version: WeightVersion, tensors: dict[str, torch.Tensor] | None = None) -> WeightSnapshot:
         return self._weights.export(version, tensors)

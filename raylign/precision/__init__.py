@@ -23,8 +23,8 @@ def base_precision(precision: RolloutPrecision) -> Precision:
     return precision if precision == "fp32" else "bf16"
 
 
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """The learner's compute context: nothing for fp32, torch autocast otherwise."""
+def autocast(precision: Precision, device: torch.device, cache: bool = True) -> AbstractContextManager[object]:
+    """The learner's compute context: nothing for fp32, torch autocast otherwise. cache: keep casts of weights in it."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, DTYPES[precision])
+    return torch.autocast(device.type, DTYPES[precision], cache_enabled=cache)

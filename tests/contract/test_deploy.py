@@ -28,9 +28,9 @@ from raylign.config import parse_config
 from raylign.errors import ConfigError
 from services.cli import app, split_configs
 from services.config import RunConfig, load_run_config
+from services.nodes import ROLE_LABEL, required_resources, role_selector
 from services.reward_app import DeployArgs, build_application
 from services.reward_config import HTTP_CPUS, RewardServerConfig, ServiceConfig
-from services.topology import ROLE_LABEL, required_resources, role_selector
 from tests.kuberay import PodSpec, RayClusterSpec, WorkerGroup, cluster_of
 
 ROOT = Path(__file__).parents[2]

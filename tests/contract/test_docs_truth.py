@@ -134,6 +134,10 @@ def test_the_site_builds_with_every_link_and_anchor(tmp_path: Path) -> None:
     assert "search" in index
     loaded = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]+)"', index)
     assert loaded == [], "the site loads nothing from elsewhere"
+    start = (tmp_path / "site" / "start_image.html").read_text(encoding="utf-8")
+    copy = "source/configs/quickstart_image.toml.txt"
+    assert f'href="{copy}"' in start, "a link out of docs/ leads to a copy of the file"
+    assert (tmp_path / "site" / copy).read_bytes() == (ROOT / "configs" / "quickstart_image.toml").read_bytes()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

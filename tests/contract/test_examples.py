@@ -22,10 +22,13 @@ from raylign.models import load_policy
 from raylign.models.dream import DreamConfig
 from raylign.types import Prompt, RewardSample
 from rewards.base import score_totally
+from services.cli import app
 from services.config import load_run_config
 from services.export import export_run
 from services.run import train_run
+from tests.contract.test_docs_blocks import SERVED, commands
 from tests.contract.test_docs_truth import documented
+from tests.documents import BLOCKS
 from tests.service.command_line import write_config
 from tests.tiny_text_models import CANVAS_LENGTH, MAX_PROMPT_LENGTH, dream_folder
 
@@ -34,6 +37,7 @@ EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "read_run.ipynb"
 ON_RAY = {"ray_tune_sweep.py", "submit_to_cluster.py", "reward_client.py"}
 """Run by the service tests, where there is a cluster or a service."""
+ANSWERED_BY_A_RUN = {"report", "export", "evaluate"}
 TEXT_RUN = f"""
 num_steps = 1
 placement = "in_process"
@@ -68,6 +72,17 @@ def load_example(name: str) -> Any:
     sys.modules[spec.name] = module  # where pydantic looks for what annotations name
     spec.loader.exec_module(module)
     return module
+
+
+def documented_commands() -> list[list[str]]:
+    """Commands of the pages' blocks that a finished run of seconds can answer."""
+    found: dict[str, list[str]] = {}
+    for block in BLOCKS:
+        here = block.kind == "bash" and not block.needs and (block.page, block.section) not in SERVED
+        for words in commands(block.text) if here else ():
+            if Path(words[0]).name == "raylign" and words[1] in ANSWERED_BY_A_RUN:
+                found[" ".join(words[1:]).replace("<run>", "RUN")] = words[1:]
+    return list(found.values())
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +162,23 @@ def test_the_notebook_reads_a_run(
     assert "finished after 2 steps" in printed
     assert "flow_grpo flow_sde" in printed
     assert names["Chart"]("reward/mean").svg.startswith("<svg")
+
+
+@pytest.mark.parametrize("words", documented_commands(), ids=" ".join)
+def test_a_documented_command_works_on_a_run(
+    words: list[str], picture_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    for name in ("RUN", "<run>"):
+        (tmp_path / "runs" / name).symlink_to(picture_run)
+    monkeypatch.chdir(tmp_path)
+    assert not app(words, standalone_mode=False)
+    if words[0] == "export":
+        assert (tmp_path / words[-1] / "model_index.json").exists()
+    for option in ("--plot", "--pictures"):
+        if option in words:
+            named = tmp_path / words[words.index(option) + 1]
+            assert list(tmp_path.glob(f"{named.stem}*.png"))
 
 
 @pytest.mark.parametrize("run", ["picture_run", "text_run"])

@@ -18,7 +18,7 @@ import pytest
 import ray
 from ray import serve
 
-from raylign.errors import ConfigError, RunDirError
+from raylign.errors import ClusterError, ConfigError, RunDirError
 from rewards.jpeg import JpegConfig
 from rollout.prompts import PromptStream
 from services.config import RunConfig, load_run_config
@@ -31,7 +31,7 @@ from services.reward_deploy import reap
 from services.run_control import CONTROL_FILE, GoOnAsk, PauseAsk, RunState, ScaleAsk, StatusAsk, ask
 from services.run_inputs import read_inputs
 from services.run_name import new_run_name
-from services.topology import _living, build
+from services.topology import _living, build, check_cluster
 from tests.service import command_line as cli
 
 NUM_STEPS = 12
@@ -131,6 +131,39 @@ def test_a_run_that_is_scaled_up_and_down_ends_with_the_weights_of_a_fixed_pool(
     assert scaled == losses
     assert weights == fixed
     assert serve.status().applications == {}, "a run leaves nothing on a cluster that it shares"
+
+
+def test_a_run_waits_for_the_node_that_it_lacks_and_works_on_both(cluster: StartedCluster, tmp_path: Path) -> None:
+    """A second node, started by hand, has the label and the resource that rollout actors ask for."""
+    path = cli.write_config(tmp_path, 2)
+    asked = {
+        "learner.num_ranks": "2",  # they get their places together
+        "rollout.num_actors": "1",
+        "nodes.rollout.num_cpus": "0.5",
+        "nodes.rollout.resources": "{spot = 1}",
+        "nodes.rollout.labels": '{"zone" = "!in(a, b)"}',
+    }
+    config = load_run_config(str(path), asked)
+    with pytest.raises(ClusterError, match=r"reserves 1 spots and the Ray cluster has 0: 1 missing"):
+        check_cluster(config)
+    with pytest.raises(ClusterError, match=r"no node of the Ray cluster .* nodes.learner.labels .*\(zone = c\)"):
+        check_cluster(load_run_config(str(path), {"nodes.learner.labels": '{"zone" = "c"}'}))
+    config = config.model_copy(update={"wait_for_nodes": True})
+    check_cluster(config)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.toml").write_text("seed = 0\n")
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--address", cluster.address, "--num-cpus", "1"]
+    command += ["--resources", '{"spot": 1}', "--labels", "zone=c"]
+    with (tmp_path / "node.txt").open("w") as output:
+        node = subprocess.Popen([*command, "--block"], stdout=output, stderr=output, start_new_session=True, text=True)
+    try:
+        weights, _ = asyncio.run(_train(config, run_dir))
+        alike = {"learner.num_ranks": "2", "rollout.num_actors": "2", "placement": "colocated"}
+        assert weights == asyncio.run(_train(load_run_config(str(path), alike), run_dir))[0]
+        assert len([one for one in ray.nodes() if one["Alive"]]) == 2
+    finally:
+        cli.end(node)
 
 
 DRIVER = """

@@ -46,8 +46,22 @@ def _raised(arguments: list[str]) -> str:
 def test_help_names_every_command(tmp_path: Path) -> None:
     done = _raylign(["--help"], tmp_path)
     assert done.returncode == 0
-    for command in ("train", "resume", "export", "evaluate", "ablate", "pretrain", "serve-rewards", "report", "doctor"):
-        assert command in done.stdout
+    runs = (
+        "train",
+        "resume",
+        "fork",
+        "scale",
+        "pause",
+        "unpause",
+        "serve-runs",
+        "export",
+        "evaluate",
+        "ablate",
+        "report",
+    )
+    jobs = ("submit", "status", "logs", "stop", "list")
+    for command in (*runs, *jobs, "pretrain", "serve-rewards", "doctor"):
+        assert f" {command} " in done.stdout
 
 
 def test_an_ablation_of_pictures_is_refused(tmp_path: Path) -> None:

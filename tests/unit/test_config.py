@@ -71,6 +71,7 @@ def test_a_mistyped_type_names_the_nearest() -> None:
         ({"placement": "in_process", "learner__num_ranks": "2"}, "one learner rank"),
         ({"placement": "colocated", "rollout__num_actors": "2"}, "must be equal, got 2 and 1"),
         ({"placement": "colocated", "rollout__num_actors": "1", "max_staleness": "2"}, "use placement = 'separate'"),
+        ({"placement": "colocated", "rollout__num_actors": "1", "rollout__max_actors": "2"}, "their number is fixed"),
         ({"learner__lr": "nan"}, "learner.lr"),
         ({"learner__lr": "-1"}, "greater than 0 .got -1"),
         ({"placement": "nearby"}, "placement"),

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from ray.exceptions import ActorDiedError, RayActorError
 
 from raylign.config import parse_config
-from raylign.errors import ClusterError, ModelError, WeightError
+from raylign.errors import ClusterError, ConfigError, ModelError, WeightError
 from rewards.jpeg import JpegConfig
 from services.config import RunConfig
 from services.elastic import (
@@ -26,17 +26,17 @@ from services.elastic import (
     PoolStatus,
     Pressure,
     advise,
-    bounds_of,
     most_that_fit,
     who_leaves,
 )
 from services.fleet import RayFleet
+from services.nodes import ROLE_LABEL, local_cpus, might_fit, required_resources, reward_selector, selector
 from services.patience import Patience
 from services.ray_actors import Answer
 from services.reward_config import ServiceConfig
 from services.reward_deploy import reward_application
 from services.run_name import left_behind, new_run_name
-from services.topology import ROLE_LABEL, _first_up, local_cpus, required_resources, reward_selector
+from services.topology import _first_up
 
 
 @dataclass
@@ -330,6 +330,62 @@ def test_a_pause_holds_chunks_back_and_nothing_else() -> None:
     _run(work)
 
 
+def test_a_fixed_fleet_whose_actor_is_gone_for_good_says_so_at_once() -> None:
+    async def work() -> None:
+        actors = FakeActors()
+        fleet = _fleet(actors, 1, create=None)
+        await fleet.pull(1, "rollout")
+        actors.by_id[0].dead, actors.by_id[0].refuses = True, ActorDiedError()
+        with pytest.raises(ClusterError, match="rollout actor 0 of a fixed fleet died"):
+            await _generate(fleet, 1)
+        await fleet.close()
+
+    _run(work)
+
+
+def test_a_fleet_begins_again_with_the_weights_of_another_learner() -> None:
+    async def work() -> None:
+        actors = FakeActors()
+        fleet = _fleet(actors, 2)
+        await fleet.pull(7, "rollout")
+        await fleet.pull(7, "eval")
+        actors.slow = lambda actor_id: True
+        stale = asyncio.create_task(_generate(fleet, 1))
+        await asyncio.sleep(0.01)
+        fleet.begin_again()
+        actors.slow = lambda actor_id: False
+        await fleet.pull(3, "rollout")
+        assert await _generate(fleet, 2) == (2, {"rollout": 3, "eval": 7})
+        assert (await asyncio.gather(stale, return_exceptions=True))[0].__class__ is asyncio.CancelledError
+        # One that comes back pulls what the new learner published, and nothing of the lost one.
+        actors.by_id[1].dead = True
+        await asyncio.gather(*(_generate(fleet, number) for number in range(4)))
+        await _until(lambda: fleet.status().restarts == 1 and fleet.status().in_service == 2)
+        await _until(lambda: actors.by_id[1].weights == {"rollout": 3})
+        await fleet.close()
+
+    _run(work)
+
+
+def test_a_fleet_that_failed_begins_again() -> None:
+    async def work() -> None:
+        actors = FakeActors()
+        fleet = _fleet(actors, 1)
+        await fleet.pull(1, "rollout")
+        actors.by_id[0].dead, actors.by_id[0].cannot_pull = True, WeightError("the weights are lost")
+        with pytest.raises(WeightError):
+            await _generate(fleet, 1)
+        with pytest.raises(WeightError):
+            await _generate(fleet, 2)
+        actors.by_id[0].cannot_pull = None
+        fleet.begin_again()
+        await fleet.pull(2, "rollout")
+        assert await _generate(fleet, 3) == (3, {"rollout": 2})
+        await fleet.close()
+
+    _run(work)
+
+
 def test_a_fleet_without_a_way_to_make_actors_says_so() -> None:
     async def work() -> None:
         fleet = _fleet(FakeActors(), 1, create=None)
@@ -469,8 +525,8 @@ def test_the_number_settles_where_the_actors_just_keep_up() -> None:
 
 
 def test_bounds_are_those_of_the_configuration() -> None:
-    assert bounds_of(ElasticConfig(num_actors=3), 3) == ActorBounds(3, 3)
-    assert bounds_of(ElasticConfig(num_actors=3, min_actors=1, max_actors=8), 3) == ActorBounds(1, 8)
+    assert ElasticConfig(num_actors=3).bounds == ActorBounds(3, 3)
+    assert ElasticConfig(num_actors=3, min_actors=1, max_actors=8).bounds == ActorBounds(1, 8)
     assert not ActorBounds(3, 3).is_elastic
     with pytest.raises(ValidationError, match="between min_actors 4 and max_actors 3"):
         ElasticConfig(num_actors=3, min_actors=4)
@@ -574,3 +630,33 @@ def test_what_a_run_reserves_follows_its_number_of_actors() -> None:
     assert more["GPU"] - now["GPU"] == 1.5
     assert required_resources(config, num_actors=0)["CPU"] == now["CPU"] - 2
     assert local_cpus(config) >= now["CPU"]
+
+
+def test_what_a_run_reserves_is_what_its_nodes_table_says() -> None:
+    nodes = {
+        "rollout": {"num_cpus": 0.5, "resources": {"spot": 1.0}},
+        "learner": {"num_cpus": 4, "resources": {"fast_net": 0.25}},
+    }
+    data = {"rollout": {"num_actors": 3}, "learner": {"num_ranks": 2, "num_gpus_per_rank": 1}, "nodes": nodes}
+    apart = required_resources(parse_config(RunConfig, data, "test"))
+    rewards = required_resources(parse_config(RunConfig, {"rollout": {"num_actors": 3}}, "test"))["CPU"] - 4
+    assert apart == {"CPU": rewards + 1.5 + 8, "GPU": 2.0, "spot": 3.0, "fast_net": 0.5}
+    both = {**data, "placement": "colocated", "rollout": {"num_actors": 2, "num_gpus": 0.5}}
+    assert required_resources(parse_config(RunConfig, both, "test")) == {
+        "CPU": rewards + 8,
+        "GPU": 2.0,
+        "fast_net": 0.5,
+    }
+    for resources, told in (({"GPU": 1.0}, "is set by rollout.num_gpus"), ({"spot": 0.0}, "must be above 0")):
+        with pytest.raises(ConfigError, match=told):
+            parse_config(RunConfig, {"nodes": {"rollout": {"resources": resources}}}, "test")
+
+
+def test_nodes_are_matched_by_plain_labels() -> None:
+    node = {"Alive": True, "Labels": {"ray.io/accelerator-type": "H100", ROLE_LABEL: "rollout"}}
+    assert might_fit(node, {"ray.io/accelerator-type": "H100"})
+    assert might_fit(node, {"ray.io/accelerator-type": "!in(T4)"}), "a condition is left to Ray"
+    assert not might_fit(node, {"ray.io/accelerator-type": "T4"})
+    assert not might_fit({**node, "Alive": False}, {})
+    assert selector([node], "rollout", {"zone": "a"}) == {ROLE_LABEL: "rollout", "zone": "a"}
+    assert selector([node], "rollout", {ROLE_LABEL: "shared"}) == {ROLE_LABEL: "shared"}, "what is given counts"

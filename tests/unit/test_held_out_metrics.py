@@ -22,11 +22,11 @@ from rewards.mix import mix
 from rewards.remote import RewardClient
 from rollout.prompts import GroupTask
 from services.config import RunConfig
+from services.nodes import required_resources
 from services.reward_app import RewardService
 from services.roles import Scorer
 from services.scoring import HttpScorer, WithLightMetrics, score_groups
 from services.step_metrics import eval_metrics
-from services.topology import required_resources
 from tests.fakes import FakeScorer, make_group
 from tests.reward_cases.local_http import SAMPLES, LocalBackend, app_of
 

@@ -31,6 +31,7 @@ from services.job_commands import _follow, table
 from services.job_package import PACKAGES, pack, shell_path
 from services.job_server import RayJobServer, find_address, read_token
 from services.jobs import ClusterFacts, Job, JobClient, Submission, last_step, slugify
+from services.topology import most_actors
 
 PYTHON = ".".join(str(part) for part in sys.version_info[:3])
 OURS = {"raylign_config": "tiny", "raylign_num_steps": "30", "raylign_run_dir": "/runs/a"}
@@ -233,6 +234,9 @@ def test_a_cluster_that_is_too_small_says_what_is_missing(prompts: Path) -> None
     missing = [float(str(error.value).split(": ")[1].split()[0]) for error in (without_driver, with_driver)]
     assert missing[1] == missing[0] + 2
     check_resources(config, {}, 0.0, "http://h")  # a cluster that does not tell is not refused
+    growing = config.model_copy(update={"wait_for_nodes": True})
+    check_resources(growing, {"CPU": 4.0}, 0.0, "http://h")
+    assert most_actors(growing) > 10_000, "nor is it asked what its nodes hold"
 
 
 def test_a_run_that_would_not_use_the_cluster_is_refused(prompts: Path) -> None:

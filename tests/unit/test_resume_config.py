@@ -23,7 +23,7 @@ from services.config_changes import (
     refuse_new_policies,
     refuse_others,
 )
-from services.run import run_record
+from services.run_checkpoints import run_record
 from services.run_dir import RunDir
 from services.run_inputs import RunInputs
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from services.config import RunConfig
 from services.config_changes import kept_policies
 from services.controller import Controller
 from services.fork import start_missing
-from services.run import EXIT_OK, choose_checkpoint, disk_full, restore_guard, run_record
+from services.run import EXIT_OK, disk_full
+from services.run_checkpoints import choose_checkpoint, go_back, restore_guard, run_record
 from services.run_dir import RunDir
 from services.run_inputs import read_inputs, with_absolute_paths
 from tests.tiny_models import RUN_SEED, ToyPolicy, draw_groups, flow_sde, train_step
@@ -82,6 +84,26 @@ def test_no_good_checkpoint_is_an_error_that_tells_of_each(run_dir: Path) -> Non
     with pytest.raises(CheckpointError, match=r"(?s)no checkpoint of .* can be read:.*step_4: .*step_2: .*start anew"):
         raylign("resume", str(run_dir))
     assert everything(run_dir) == before
+
+
+def test_a_run_that_loses_its_learner_goes_back_to_its_newest_good_checkpoint_or_the_beginning(run_dir: Path) -> None:
+    folder, notes = RunDir(run_dir), list[str]()
+    newest = go_back(folder, None, notes.append)
+    assert newest is not None
+    assert (newest.step, notes) == (4, [])
+    truncate(run_dir, 4)
+    older = go_back(folder, newest, notes.append)
+    assert older is not None
+    assert older.step == 2
+    assert "damaged" in notes[0]
+    assert (folder.checkpoints / "step_4.damaged").is_dir()
+    truncate(run_dir, 2)
+    with pytest.raises(CheckpointError, match="can be read"):
+        go_back(folder, None, notes.append)
+    shutil.rmtree(folder.checkpoints / "step_2")
+    assert go_back(folder, None, notes.append) is None, "it made none yet: from the beginning"
+    with pytest.raises(CheckpointError, match="no checkpoint to go on from"):
+        go_back(folder, older, notes.append)
 
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import contextlib
 import json
 import socket
 import stat
+import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +37,7 @@ from services.run_control import (
     read_contact,
     reply_to,
 )
+from services.run_drivers import Drivers
 from services.scale_commands import app, describe, read_token
 
 
@@ -252,8 +255,8 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _client(runs: Path, token: str | None = None) -> TestClient:
-    return TestClient(build_run_api(runs, token), base_url="http://127.0.0.1:8270")
+def _client(runs: Path, token: str | None = None, command: Sequence[str] = ()) -> TestClient:
+    return TestClient(build_run_api(runs, token, Drivers(runs, None, command)), base_url="http://127.0.0.1:8270")
 
 
 def test_runs_are_listed_with_what_their_files_tell(runs: Path) -> None:
@@ -283,7 +286,9 @@ def test_a_live_run_is_controlled_and_one_that_is_not_says_so(runs: Path) -> Non
         assert (shown["status"], shown["step"], shown["state"]["pool"]["wanted"]) == ("running", 7, 2)
         assert client.post("/v1/runs/live/scale", json={"rollout": 3}).json()["pool"]["wanted"] == 3
         assert client.post("/v1/runs/live/pause").json()["pool"]["paused"]
-        assert not client.post("/v1/runs/live/resume").json()["pool"]["paused"]
+        assert not client.post("/v1/runs/live/resume").json()["state"]["pool"]["paused"]
+        changed = client.post("/v1/runs/live/resume", json={"set": {"learner.lr": 1e-4}})
+        assert (changed.status_code, "is live: stop it first" in changed.json()["error"]) == (409, True)
         beyond = client.post("/v1/runs/live/scale", json={"rollout": 7})
         assert (beyond.status_code, "can hold 6" in beyond.json()["error"]) == (409, True)
         for body in ({}, {"rollout": "3"}, {"rollout": 3, "force": True}, {"rollout": 0}):
@@ -298,6 +303,79 @@ def test_a_token_is_asked_for_where_one_is_set(runs: Path) -> None:
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
         assert client.get("/v1/runs", headers=headers).status_code == 401
     assert client.get("/v1/runs", headers={"Authorization": "Bearer secret"}).status_code == 200
+
+
+DRIVER = """
+import json, sys, time
+from pathlib import Path
+verb, source, *options = sys.argv[1:]
+print("raylign: warming up", flush=True)
+if "--seed=13" in options:
+    sys.exit("raylign: seed: 13 is no seed\\n  choose another")
+new = Path(options[options.index("--run-dir") + 1]) if verb == "fork" else Path(source)
+(new / "checkpoints" / "step_3").mkdir(parents=True)
+(new / "config.toml").write_text(json.dumps(options))
+(new / "checkpoints" / "step_3" / "manifest.json").write_text("{}")
+while not (new / "end").exists():
+    time.sleep(0.02)
+sys.exit("raylign: the disk is full")
+"""
+"""Behaves as `raylign fork` and `resume` do where the run API looks."""
+
+
+def test_a_fork_is_started_and_says_how_it_fares(runs: Path) -> None:
+    client = _client(runs, command=[sys.executable, "-c", DRIVER])
+    keys = {"learner.lr": 1e-4, "learner.publish": "delta", "rollout.num_actors": 3, "model.tied": True}
+    made = client.post("/v1/runs/done/fork", json={"name": "lower", "step": 3, "set": keys})
+    assert (made.status_code, made.json()["name"], made.json()["status"]) == (201, "lower", "starting")
+    assert json.loads((runs / "lower" / "config.toml").read_text()) == [
+        "--run-dir",
+        str(runs / "lower"),
+        "--step=3",
+        "--learner.lr=0.0001",
+        "--learner.publish=delta",
+        "--rollout.num_actors=3",
+        "--model.tied=true",
+    ]
+    again = client.post("/v1/runs/done/fork", json={"name": "lower"})
+    assert (again.status_code, "choose another name" in again.json()["error"]) == (409, True)
+    (runs / "lower" / "end").touch()
+    deadline = time.monotonic() + 10
+    while not (shown := client.get("/v1/runs/lower").json())["problem"] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert (shown["status"], shown["problem"]) == ("unknown", "the disk is full")
+
+
+def test_what_a_driver_refuses_is_the_answer(runs: Path) -> None:
+    client = _client(runs, command=[sys.executable, "-c", DRIVER])
+    for verb, body in (("fork", {"name": "new", "set": {"seed": 13}}), ("resume", {"set": {"seed": 13}})):
+        refused = client.post(f"/v1/runs/done/{verb}", json=body)
+        assert (refused.status_code, refused.json()["error"]) == (422, "seed: 13 is no seed\nchoose another"), verb
+    assert not (runs / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"name": "../out"},
+        {"name": ".hidden"},
+        {"name": "a/b"},
+        {"name": "ok", "set": {"--run-dir": "x"}},
+        {"name": "ok", "set": {"seed": [1]}},
+        {"name": "ok", "step": -1},
+        {"name": "ok", "command": "rm"},
+    ],
+)
+def test_a_fork_takes_keys_and_a_plain_name_and_nothing_else(runs: Path, body: dict[str, Any]) -> None:
+    assert _client(runs, command=["false"]).post("/v1/runs/done/fork", json=body).status_code == 422
+
+
+def test_a_page_of_another_site_changes_nothing(runs: Path) -> None:
+    client = _client(runs, command=["false"])
+    refused = client.post("/v1/runs/done/pause", headers={"Origin": "http://evil.example"})
+    assert (refused.status_code, "may not change runs" in refused.json()["error"]) == (403, True)
+    own = client.post("/v1/runs/done/pause", headers={"Origin": "http://127.0.0.1:8270"})
+    assert own.status_code == 404, "it is only not live"
 
 
 def test_without_a_token_only_this_machine_is_let_in_and_by_its_own_name(runs: Path) -> None:
