@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,14 @@ class MetricsSink(Protocol):
 
     def images(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """Record one RGB uint8 picture (a sample grid)."""
+        ...
+
+    def values(self, step: int, name: str, values: Sequence[float]) -> None:
+        """Record the finite numbers behind a mean, such as the rewards of a step's samples."""
+        ...
+
+    def texts(self, step: int, name: str, text: str) -> None:
+        """Record prompts and answers, as people read them."""
         ...
 
     def close(self) -> None:
@@ -86,6 +95,12 @@ class JsonlSink:
 
     def images(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """Nothing: a text record has no place for pictures."""
+
+    def values(self, step: int, name: str, values: Sequence[float]) -> None:
+        """Nothing: the run's `groups/` have every sample's."""
+
+    def texts(self, step: int, name: str, text: str) -> None:
+        """Nothing: they lie in the run's `samples/`."""
 
     def close(self) -> None:
         self._file.close()
@@ -141,6 +156,37 @@ class TensorBoardSink:
         )
         self._write_summary(step, [self._summaries.Summary.Value(tag=name, image=image)])
 
+    def values(self, step: int, name: str, values: Sequence[float]) -> None:
+        """As a histogram."""
+        if not values:
+            return
+        limits, counts = histogram(values)
+        histo = self._summaries.HistogramProto(
+            min=min(values),
+            max=max(values),
+            num=len(values),
+            sum=math.fsum(values),
+            sum_squares=math.fsum(value * value for value in values),
+            bucket_limit=limits,
+            bucket=counts,
+        )
+        self._write_summary(step, [self._summaries.Summary.Value(tag=name, histo=histo)])
+
+    def texts(self, step: int, name: str, text: str) -> None:
+        """In a code block, for TensorBoard reads Markdown."""
+        from tensorboard.compat.proto import tensor_pb2, tensor_shape_pb2, types_pb2
+
+        tensor: Any = tensor_pb2
+        metadata = self._summaries.SummaryMetadata(
+            plugin_data=self._summaries.SummaryMetadata.PluginData(plugin_name="text")
+        )
+        value = tensor.TensorProto(
+            dtype=types_pb2.DT_STRING,
+            string_val=[fenced(text).encode()],
+            tensor_shape=tensor_shape_pb2.TensorShapeProto(),
+        )
+        self._write_summary(step, [self._summaries.Summary.Value(tag=name, metadata=metadata, tensor=value)])
+
     def close(self) -> None:
         self._file.close()
 
@@ -182,6 +228,14 @@ class SinkFan:
         for sink in self._sinks:
             sink.images(step, name, image_HWC)
 
+    def values(self, step: int, name: str, values: Sequence[float]) -> None:
+        for sink in self._sinks:
+            sink.values(step, name, values)
+
+    def texts(self, step: int, name: str, text: str) -> None:
+        for sink in self._sinks:
+            sink.texts(step, name, text)
+
     def close(self) -> None:
         with contextlib.ExitStack() as stack:
             for one in (*self._sinks, *self._others):
@@ -194,18 +248,47 @@ SINKS: dict[str, Callable[[Path, int | None], MetricsSink]] = {
 }
 
 
-def make_sinks(names: Sequence[str], run_dir: Path, resumed_step: int | None = None) -> SinkFan:
-    """Open the named sinks in a run directory. Raises ConfigError naming the known ones."""
+def make_sinks(
+    names: Sequence[str],
+    run_dir: Path,
+    resumed_step: int | None = None,
+    more: Sequence[Callable[[], MetricsSink]] = (),
+) -> SinkFan:
+    """Open the named sinks in a run directory, and `more`. Raises ConfigError naming the known ones."""
     unknown = [name for name in names if name not in SINKS]
     if unknown:
         raise ConfigError(f"no metrics sink called {unknown[0]!r}; known sinks: {', '.join(SINKS)}")
     opened: list[MetricsSink] = []
     try:
         opened.extend(SINKS[name](run_dir, resumed_step) for name in names)
+        opened.extend(opening() for opening in more)
     except BaseException:  # whatever stops the opening, what is open is closed
         SinkFan(opened).close()
         raise
     return SinkFan(opened)
+
+
+def histogram(values: Sequence[float], bins: int = 30) -> tuple[list[float], list[float]]:
+    """Upper limits and counts of equally wide buckets over the values' range; one narrow bucket where they are equal.
+
+    Example:
+        limits, counts = histogram([0.0, 0.5, 1.0], bins=2)  # [0.5, 1.0], [1.0, 2.0]
+    """
+    low, high = min(values), max(values)
+    if high == low:
+        return [math.nextafter(high, math.inf)], [float(len(values))]
+    width = (high - low) / bins
+    counts = [0.0] * bins
+    for value in values:
+        counts[min(bins - 1, int((value - low) / width))] += 1.0
+    return [*(low + width * place for place in range(1, bins)), high], counts
+
+
+def fenced(text: str) -> str:
+    """A text as a code block of Markdown, which it cannot end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"
 
 
 def read_metrics(path: Path) -> list[MetricsRow]:

@@ -23,7 +23,7 @@ from services.record_files import RecordKind
 from services.reward_gap import gap_metrics, gap_points, gaps_json, read_gaps, say_gaps
 from services.reward_gap_picture import draw_panels, run_panels
 from services.run_dir import RunDir, write_atomic
-from services.step_metrics import eval_metrics
+from services.step_metrics import eval_metrics, valid_totals
 from services.text_samples import GOOD_REWARD, as_text, before_after_json, example, shown_prompts, to_json
 
 # Enough prompts to judge by, few enough to take in at a glance; the file's first ones, not chosen ones.
@@ -63,6 +63,7 @@ class RunObserver:
         self._sinks.log(
             step, {**everything, **interval_metrics(groups, "reward"), **self._record("train", step, groups)}
         )
+        self._sinks.values(step, "reward", [total for group in groups for total in valid_totals(group)])
         self._console.step(step, everything)
         for group in groups:
             if group.exploration is not None and group.exploration.images_NHWC is not None:
@@ -76,6 +77,7 @@ class RunObserver:
         self._sinks.log(
             step, {**metrics, **interval_metrics(groups, "eval"), **recorded, "time/since_start_s": self.seconds}
         )
+        self._sinks.values(step, "eval", [total for group in groups for total in valid_totals(group)])
         self._console.evaluated(step, metrics)
         if any(group.texts is not None for group in groups):
             self._show_texts(step, groups[:_SHOWN_PROMPTS])
@@ -139,7 +141,9 @@ class RunObserver:
         """The step's answers as a file to read, and the first evaluation's beside them."""
         prompts = shown_prompts(groups, _SHOWN_SAMPLES)
         path = self._run.samples / f"step_{step:05d}.txt"
-        write_atomic(path, as_text(step, prompts, headline_means(self.last_eval, self._held_out)).encode())
+        told = as_text(step, prompts, headline_means(self.last_eval, self._held_out))
+        write_atomic(path, told.encode())
+        self._sinks.texts(step, "samples", told)
         self._console.texts(path, example(prompts))
         first = self._run.samples / "first.json"
         if not first.exists():

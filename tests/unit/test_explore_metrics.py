@@ -111,6 +111,10 @@ class _Sink:
     def images(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         self.pictures.append((step, name))
 
+    def values(self, step: int, name: str, values: Sequence[float]) -> None: ...
+
+    def texts(self, step: int, name: str, text: str) -> None: ...
+
     def close(self) -> None: ...
 
 

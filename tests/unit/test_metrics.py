@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,16 @@ import pytest
 import torch
 
 from raylign.errors import ConfigError, RunDirError
-from raylign.metrics import SINKS, JsonlSink, MetricsSink, SinkFan, TensorBoardSink, make_sinks, read_metrics
+from raylign.metrics import (
+    SINKS,
+    JsonlSink,
+    MetricsSink,
+    SinkFan,
+    TensorBoardSink,
+    histogram,
+    make_sinks,
+    read_metrics,
+)
 
 
 def _steps(run_dir: Path) -> list[float | None]:
@@ -145,6 +154,36 @@ def test_tensorboard_reads_scalars_and_pictures(tmp_path: Path) -> None:
     assert (image.height, image.width, image.encoded_image_string[1:4]) == (4, 6, b"PNG")
 
 
+def test_tensorboard_itself_reads_histograms_and_texts_as_they_were(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+    from tensorboard.util import tensor_util
+
+    sink = TensorBoardSink(tmp_path)
+    sink.values(2, "reward", [0.0, 0.0, 1.0, 0.5])
+    sink.values(3, "reward", [0.25, 0.25])
+    sink.values(4, "reward", [])
+    sink.texts(2, "samples", "1 < 2 ``` # no heading")
+    sink.close()
+    read = EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    spread, same = read.Tensors("reward")
+    table = tensor_util.make_ndarray(spread.tensor_proto)
+    assert (table[0, 0], table[-1, 1], table[:, 2].sum()) == (0.0, 1.0, 4.0)
+    assert [row[2] for row in table if row[0] <= 0.5 < row[1]] == [1.0]
+    assert tensor_util.make_ndarray(same.tensor_proto)[:, 2].sum() == 2.0
+    (told,) = read.Tensors("samples")
+    assert told.tensor_proto.string_val == [b"````\n1 < 2 ``` # no heading\n````"]
+
+
+def test_buckets_hold_every_value_once() -> None:
+    assert histogram([0.0, 0.5, 1.0], bins=2) == ([0.5, 1.0], [1.0, 2.0])
+    limits, counts = histogram([3.0, 3.0])
+    assert counts == [2.0]
+    assert limits[0] > 3.0
+    limits, counts = histogram([-1e-300, 0.0, 1e300, 7.0])
+    assert (sum(counts), limits[-1]) == (4.0, 1e300)
+
+
 def test_a_resumed_run_tells_tensorboard_where_to_cut(tmp_path: Path) -> None:
     first = TensorBoardSink(tmp_path)
     first.close()
@@ -160,6 +199,7 @@ class _ListSink:
     def __init__(self, fails: bool = False) -> None:
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.pictures: list[tuple[int, str]] = []
+        self.more: list[object] = []
         self.closed = False
         self._fails = fails
 
@@ -168,6 +208,12 @@ class _ListSink:
 
     def images(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         self.pictures.append((step, name))
+
+    def values(self, step: int, name: str, values: Sequence[float]) -> None:
+        self.more.append((step, name, list(values)))
+
+    def texts(self, step: int, name: str, text: str) -> None:
+        self.more.append((step, name, text))
 
     def close(self) -> None:
         self.closed = True
@@ -180,9 +226,12 @@ def test_a_fan_forwards_to_all_and_closes_all_even_if_one_fails() -> None:
     fan: MetricsSink = SinkFan(sinks)
     fan.log(1, {"loss": 0.5})
     fan.images(1, "samples", np.zeros((1, 1, 3), np.uint8))
+    fan.values(1, "reward", [0.5])
+    fan.texts(1, "samples", "a")
     with pytest.raises(OSError, match="disk full"):
         fan.close()
     assert all(sink.rows == [(1, {"loss": 0.5})] and sink.pictures == [(1, "samples")] for sink in sinks)
+    assert all(sink.more == [(1, "reward", [0.5]), (1, "samples", "a")] for sink in sinks)
     assert all(sink.closed for sink in sinks)
 
 
@@ -191,6 +240,8 @@ def test_every_row_of_the_table_is_a_sink_that_starts_and_resumes(tmp_path: Path
         sinks = make_sinks(tuple(SINKS), tmp_path, resumed)
         sinks.log((resumed or 0) + 1, {"loss": 1.0})
         sinks.images((resumed or 0) + 1, "samples", np.zeros((2, 2, 3), np.uint8))
+        sinks.values((resumed or 0) + 1, "reward", [0.0, 1.0])
+        sinks.texts((resumed or 0) + 1, "samples", "an answer")
         sinks.close()
         sinks.close()
     assert _steps(tmp_path) == [1, 2]

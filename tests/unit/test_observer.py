@@ -28,12 +28,20 @@ class _Sink:
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, float]]] = []
         self.pictures: list[tuple[int, str]] = []
+        self.singles: list[tuple[int, str, list[float]]] = []
+        self.told: list[tuple[int, str, str]] = []
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.rows.append((step, dict(metrics)))
 
     def images(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         self.pictures.append((step, name))
+
+    def values(self, step: int, name: str, values: Sequence[float]) -> None:
+        self.singles.append((step, name, list(values)))
+
+    def texts(self, step: int, name: str, text: str) -> None:
+        self.told.append((step, name, text))
 
     def close(self) -> None:
         pass
@@ -91,6 +99,9 @@ def test_an_evaluation_of_texts_is_written_to_read_and_announced_once(tmp_path: 
     assert printed.count("first texts: ") == 1
     assert "step_00000.txt  sort a -> good" in printed
     assert "nfe 4.000 -> 2.000" in printed
+    assert [(step, name) for step, name, _ in watched.sink.told] == [(0, "samples"), (60, "samples")]
+    assert watched.sink.told[1][2] == text
+    assert watched.sink.singles == [(0, "eval", [1.0, 0.0, 0.0, 0.0]), (60, "eval", [1.0, 1.0, 1.0, 0.0])]
 
 
 def test_a_resumed_run_still_compares_with_the_first_evaluation(tmp_path: Path) -> None:
