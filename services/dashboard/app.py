@@ -31,7 +31,7 @@ from starlette.staticfiles import StaticFiles
 from raylign.errors import ConfigError
 from services.dashboard.access import MIN_TOKEN, Guard, same, session_cookie
 from services.dashboard.events import stream
-from services.dashboard.runs import RunFiles, RunsFolder, UnknownRunError, compared, facts_of, frontier, sample_files
+from services.dashboard.runs import RunFiles, RunsFolder, UnknownRunError, compared, frontier, raw_config, sample_files
 from services.dashboard.series import curve
 from services.dashboard.timing import ages, as_json, lanes
 from services.record_files import RECORD_KINDS, RecordKind, picture_type, read_failures, read_picture, read_record
@@ -43,7 +43,7 @@ _MAX_POINTS = 2000
 _MAX_PICTURE = 64 * 2**20
 _MAX_FAILURES = 500
 _MAX_FORM = 4096
-_SPAN = re.compile(r"(\d{1,15})-(\d{1,9})")
+_SPAN = re.compile(r"(\d{1,15})-(\d{1,8})")
 _WRONG_TOKEN_S = 0.5
 
 
@@ -151,7 +151,7 @@ class _Pages:
         row = run.tail.refresh().row(request.path_params["step"])
         if row is None:
             raise UnknownRunError("no such step")
-        config, _, _ = facts_of(run.path)
+        config = raw_config(run.path)
         actors = config.get("rollout", {}).get("num_actors", 1)
         num_actors = 1 if config.get("placement") == "in_process" else int(actors)
         finite = {name: value for name, value in row.items() if value == value and abs(value) != float("inf")}

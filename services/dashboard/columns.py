@@ -40,7 +40,9 @@ class Columns:
     def append(self, row: Row) -> None:
         count = len(self.steps)
         self.steps.append(int(row["step"]))
-        for name in row.keys() - self.values.keys() - {"step"}:
+        for name in row:
+            if name in self.values or name == "step":
+                continue
             self.values[name] = array("d", [math.nan]) * count
         for name, column in self.values.items():
             value = row.get(name)
@@ -117,17 +119,15 @@ class MetricsTail:
         self.columns = self.columns.copy()
         lines = data.split(b"\n")[:-1]  # what follows the last newline is still being written
         offset = self._last_offset
-        first = True
+        if lines and self.columns.steps:
+            last = _parsed(lines[0])
+            if last is None or last["step"] != self.columns.steps[-1]:
+                self._start_over()
+                return
+            self.columns.pop()
         for line in lines:
             row = _parsed(line)
             if row is not None:
-                steps = self.columns.steps
-                if first and steps:
-                    if row["step"] != steps[-1]:
-                        self._start_over()
-                        return
-                    self.columns.pop()
-                first = False
                 self._last_offset = offset
                 self.columns.append(row)
             offset += len(line) + 1

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.dashboard.columns import Columns
 from services.dashboard.runs import RunFiles, is_live
 from services.record_files import RECORD_FOLDER, RECORD_KINDS, recorded_steps
 
@@ -44,16 +45,15 @@ class Watch:
         columns = self.run.tail.refresh()
         generation = self.run.tail.generation
         if self.generation not in (-1, generation):
-            self.generation, self.last_step = generation, columns.steps[-1] if columns.steps else -1
-            return [("reload", {"generation": generation})]
+            self.generation = generation
+            return self._reload(columns)
         self.generation = generation
         places = len(columns.steps)
         while places and columns.steps[places - 1] > self.last_step:
             places -= 1
         fresh = columns.steps[places:]
         if len(fresh) > MAX_ROWS:
-            self.last_step = fresh[-1]
-            return [("reload", {"generation": generation})]
+            return self._reload(columns)
         rows = [{"step": step, **_finite(columns.row(step) or {})} for step in fresh]
         if not rows and columns.steps and columns.steps[-1] == self.last_step:
             row = _finite(columns.row(self.last_step) or {})
@@ -64,6 +64,12 @@ class Watch:
             self.last_step = int(rows[-1]["step"])
             self.last_row = {name: value for name, value in rows[-1].items() if name != "step"}
         return [("rows", {"generation": generation, "rows": rows})] if rows else []
+
+    def _reload(self, columns: Columns) -> list[tuple[str, dict[str, Any]]]:
+        """Tell the reader to load the curves anew; it is up to date then."""
+        self.last_step = columns.steps[-1] if columns.steps else -1
+        self.last_row = _finite(columns.row(self.last_step) or {})
+        return [("reload", {"generation": self.generation})]
 
     def _groups(self) -> list[tuple[str, dict[str, Any]]]:
         try:

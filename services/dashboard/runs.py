@@ -11,23 +11,24 @@ import socket
 import threading
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raylign.config import difference
 from raylign.errors import RaylignError, RunDirError
-from services.config import RunConfig, read_resolved_config
 from services.dashboard.alerts import Facts, alerts, held_out_rewards
 from services.dashboard.columns import Columns, MetricsTail, sampled_rows
 from services.dashboard.timing import slowest
-from services.headlines import headline_means, is_metric
+from services.headlines import is_metric
 from services.record_files import RECORD_KINDS, as_ranges, recorded_steps
 from services.run_dir import RunDir
 
 _SPARK_POINTS = 48
 _RECENT = 20
+_ENDS = ("eval/", "reward/", "throughput/", "nfe/")
+_NO_GAP = 5e-6
+"""Half of the narrowest tolerance: nothing to be said of less."""
 _KILLED_AFTER_S = 120.0
 """A run on another machine that has written nothing for so long is taken for dead."""
 
@@ -89,7 +90,7 @@ class RunsFolder:
         rows = sampled_rows(run.folder.metrics, _SPARK_POINTS)
         rewards = [(row["step"], row["reward/mean"]) for row in rows if row.get("reward/mean") is not None]
         evals = [row for row in rows if any(key.startswith("eval/") for key in row)]
-        shown = _headline(Columns.of(evals))
+        shown = _headline(Columns.of(evals), held_out_names(config))
         return {
             "name": name,
             **_state(run, summary, rows[-1]["step"] if rows else 0),
@@ -105,11 +106,12 @@ class RunsFolder:
         """All of a run but its curves and groups."""
         run = self.run(name)
         columns, summary = run.tail.refresh(), _summary(run.folder)
-        config, facts, held_out = facts_of(run.path)
+        config, facts = facts_of(run.path, columns)
+        held_out = held_out_names(config)
         last = columns.steps[-1] if columns.steps else 0
         recent = [columns.row(step) or {} for step in columns.steps[-_RECENT:]]
         found = alerts(columns, facts)
-        shown = _headline(columns)
+        shown = _headline(columns, held_out)
         rewards = held_out_rewards(columns)
         metrics = [one for one in rewards if is_metric(one, held_out)]
         return {
@@ -125,7 +127,7 @@ class RunsFolder:
             "held_out_metrics": metrics,
             "headline": shown,
             "reward": _first_last(columns.points("reward/mean")),
-            "heldout": _heldout(columns, [*rewards, "diversity", "nfe"]),
+            "heldout": _heldout(columns, [shown, *rewards, "diversity", "nfe"]),
             "alerts": [alert.json() for alert in found],
             "slow": slowest([row for row in recent if row.get("time/step_s")]),
             "failed": failed_counts(columns),
@@ -145,18 +147,28 @@ def failed_counts(columns: Columns) -> dict[str, float]:
     return {kind: count for kind, count in sorted(sums.items()) if count}
 
 
-def facts_of(path: Path) -> tuple[dict[str, Any], Facts, tuple[str, ...]]:
-    """A run's configuration as it lies there, what alerts need of it, and its held-out metrics.
+def held_out_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The rewards of a resolved configuration that are scored in evaluations only."""
+    rewards = config.get("rewards", ())
+    return tuple(str(reward.get("name")) for reward in rewards if reward.get("only_eval") is True)
 
-    A configuration of another version of Raylign still tells the sizes.
+
+def facts_of(path: Path, columns: Columns) -> tuple[dict[str, Any], Facts]:
+    """A run's configuration as it lies there, and what alerts need of it.
+
+    What a gap may be follows from several keys, so it is asked of the configuration's own class, and only where there
+    is a gap: reading that loads torch. A configuration of another version of Raylign has no tolerance.
     """
     raw = raw_config(path)
     sizes = {key: raw[key] for key in ("groups_per_step", "group_size") if isinstance(raw.get(key), int)}
+    if max(columns.tail("parity/gap", 1), default=0.0) <= _NO_GAP:
+        return raw, Facts(**sizes)
+    from services.config import read_resolved_config
+
     try:
-        config: RunConfig = read_resolved_config(path / "config.toml")
+        return raw, Facts(**sizes, parity_tolerance=read_resolved_config(path / "config.toml").parity_tolerance)
     except RaylignError:
-        return raw, Facts(**sizes), ()
-    return raw, Facts(**sizes, parity_tolerance=config.parity_tolerance), config.held_out_metrics
+        return raw, Facts(**sizes)
 
 
 def raw_config(path: Path) -> dict[str, Any]:
@@ -169,30 +181,31 @@ def raw_config(path: Path) -> dict[str, Any]:
 
 def compared(first: RunFiles, second: RunFiles) -> dict[str, Any]:
     """What two runs differ in: keys of their configurations, and how they ended."""
-    configs = [read_or_none(run.path) for run in (first, second)]
-    changed: list[dict[str, Any]] = []
-    if configs[0] is not None and configs[1] is not None:
-        changes = difference(configs[0], configs[1])
-        changed = [{"key": key, "a": a, "b": b} for key, (a, b) in sorted(changes.items())]
+    a, b = (leaves_of(raw_config(run.path)) for run in (first, second))
+    changed = [{"key": key, "a": a.get(key), "b": b.get(key)} for key in sorted(a | b) if a.get(key) != b.get(key)]
     columns = [run.tail.refresh() for run in (first, second)]
     names = [name for name in columns[0].values if name in columns[1].values]
-    ends = [
-        name for name in names if name.startswith(("eval/", "reward/", "throughput/", "nfe/")) or name == "time/step_s"
-    ]
+    ends = [name for name in names if name.startswith(_ENDS) or name == "time/step_s"]
     return {
         "changed": changed,
-        "readable": None not in configs,
+        "readable": bool(a and b),
         "keys": sorted(names),
         "ends": [{"name": name, "a": _end(columns[0], name), "b": _end(columns[1], name)} for name in ends],
     }
 
 
-def read_or_none(path: Path) -> RunConfig | None:
-    """A run's configuration; None for one of another version."""
-    try:
-        return read_resolved_config(path / "config.toml")
-    except RaylignError:
-        return None
+def leaves_of(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration by dotted keys; the items of lists of tables are numbered."""
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            found |= leaves_of(value, f"{key}.")
+        elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+            found |= leaves_of({str(place): one for place, one in enumerate(value)}, f"{key}.")
+        else:
+            found[key] = value
+    return found
 
 
 def sample_files(run: RunFiles) -> list[str]:
@@ -248,17 +261,16 @@ def _summary(folder: RunDir) -> dict[str, Any]:
         return {}
 
 
-def _headline(columns: Columns) -> str:
-    """The held-out mean to show where there is room for one."""
-    rewards = held_out_rewards(columns)
-    return rewards[0] if rewards else ""
+def _headline(columns: Columns, held_out: Sequence[str]) -> str:
+    """The held-out mean to show where there is room for one: the reward that is trained on, or their mix."""
+    trained = [name for name in held_out_rewards(columns) if not is_metric(name, held_out)]
+    return "mean" if len(trained) > 1 and "eval/mean" in columns.values else trained[0] if trained else ""
 
 
 def _heldout(columns: Columns, names: list[str]) -> list[dict[str, Any]]:
     """First and last of held-out means."""
-    found = [{"name": name, **_first_last(columns.points(f"eval/{name}"))} for name in names]
-    means = headline_means({one["name"]: 0.0 for one in found}, names)
-    return [one for one in found if one["last"] is not None and one["name"] in means]
+    found = [{"name": name, **_first_last(columns.points(f"eval/{name}"))} for name in dict.fromkeys(names)]
+    return [one for one in found if one["last"] is not None]
 
 
 def _first_last(points: list[tuple[int, float]]) -> dict[str, Any]:

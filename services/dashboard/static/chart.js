@@ -11,9 +11,8 @@ export class Chart {
     Object.assign(this, { title, series, height, pick, floor, xLabel, place: null });
     this.svg = svg("svg", { class: "chart", tabindex: "0", role: "img", height });
     this.readout = h("p", { class: "readout", "aria-live": "polite" });
-    this.legend = h("span", { class: "legends" });
     this.details = h("details", { ontoggle: () => this.fillTable() }, h("summary", null, "Table"));
-    this.node = h("figure", { class: "panel" }, h("figcaption", null, h("h3", null, title), this.legends()), this.svg, this.readout, this.details);
+    this.node = h("figure", { class: "panel" }, h("figcaption", null, h("h3", null, title), this.legends()), this.svg, h("div", { class: "chart-foot" }, this.readout, this.details));
     this.svg.addEventListener("pointermove", (event) => this.point(event));
     this.svg.addEventListener("pointerleave", () => this.mark(null));
     this.svg.addEventListener("click", (event) => { this.point(event); this.choose(); });
@@ -60,7 +59,7 @@ export class Chart {
     this.scale(width);
     const { left, right, top, bottom } = MARGIN;
     const parts = [];
-    for (const tick of ticks(this.y0, this.y1, 4)) {
+    for (const tick of ticks(this.y0, this.y1, Math.max(3, Math.round(this.height / 42)))) {
       const y = this.toY(tick);
       parts.push(svg("line", { class: "axis", x1: left, x2: width - right, y1: y, y2: y }),
         svg("text", { x: left - 6, y: y + 4, "text-anchor": "end" }, label(tick)));

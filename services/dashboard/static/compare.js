@@ -13,7 +13,7 @@ export async function compareView(a, b, { main, signal }) {
   const curves = await Promise.all([a, b].map((name) => get(`${runPath(name)}/series?points=400&keys=${keys.map(encodeURIComponent).join(",")}`, signal)));
   const charts = keys.map((key) => new Chart({
     title: key,
-    series: [a, b].map((name, place) => ({ label: plainText(name), style: place ? 2 : 0, dots: key.startsWith("eval/"), curve: curves[place].series[key] ?? emptyCurve() })),
+    series: [a, b].map((name, place) => ({ label: `${place ? "B" : "A"} ${plainText(name)}`, style: place ? 2 : 0, dots: key.startsWith("eval/"), curve: curves[place].series[key] ?? emptyCurve() })),
   }));
   show(main,
     h("h1", null, "Compare two runs"),
@@ -26,7 +26,7 @@ export async function compareView(a, b, { main, signal }) {
 }
 
 function differences(data) {
-  if (!data.readable) return h("p", { class: "muted" }, "A configuration is of another version of Raylign, and cannot be compared.");
+  if (!data.readable) return h("p", { class: "muted" }, "A configuration cannot be read.");
   if (!data.changed.length) return h("p", { class: "muted" }, "Nothing: both runs have one configuration.");
   return table(["Key", "A", "B"], data.changed.map(({ key, a, b }) => [h("code", null, key), foreign(told(a)), foreign(told(b))]), "Configuration keys that differ");
 }

@@ -52,9 +52,16 @@ export function number(value, digits = 3) {
   return minus(size >= 100 ? value.toFixed(1) : value.toFixed(digits));
 }
 
+/** A reward or a mean of them: always so many digits, so that columns of them line up. */
+export function reward(value) {
+  if (value === null || value === undefined || !Number.isFinite(value)) return "–";
+  return Math.abs(value) < 1000 && (value === 0 || Math.abs(value) >= 1e-3) ? minus(value.toFixed(3)) : number(value);
+}
+
 export function signed(value, digits = 3) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
-  return value > 0 ? `+${number(value, digits)}` : value === 0 ? "±0" : number(value, digits);
+  const shown = Math.abs(value) >= 1e-3 && Math.abs(value) < 1000 ? minus(value.toFixed(digits)) : number(value, digits);
+  return value > 0 ? `+${shown}` : value === 0 ? "±0" : shown;
 }
 
 function minus(text) {

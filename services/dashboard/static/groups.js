@@ -1,7 +1,7 @@
 // The group browser: a step's prompts, the siblings of each side by side, and everything known of one of them.
 
 import { get, pictureUrl, runPath } from "./api.js";
-import { foreign, h, number, plainText, seconds, show, signed, throttled } from "./dom.js";
+import { foreign, h, number, plainText, reward, seconds, show, signed, throttled } from "./dom.js";
 
 const FIRST_GROUPS = 6;
 const SMALL_PICTURE = 160;
@@ -129,7 +129,7 @@ export class Groups {
     const isText = samples.some((one) => "text" in one);
     const open = (place) => () => this.dialog.open(group, samples, place, this.data.kind, this.data.step);
     return h("article", { class: "group panel" },
-      h("header", null, h("h3", null, foreign(group.prompt.text)), h("p", { class: "muted small" }, scored.length ? `mean ${number(mean)}` : "no rewards", flat ? h("span", { class: "warn" }, " · all alike, no signal") : "", ` · visit ${number(group.visit)}`)),
+      h("header", null, h("h3", null, foreign(group.prompt.text)), h("p", { class: "muted small" }, scored.length ? `mean ${reward(mean)}` : "no rewards", flat ? h("span", { class: "warn" }, " · all alike, no signal") : "", ` · visit ${number(group.visit)}`)),
       h("ul", { class: `samples${isText ? " texts" : ""}` }, samples.map((sample, place) => h("li", null,
         h("button", { type: "button", class: "sample", onclick: open(place), "aria-label": spoken(sample) }, sampleBody(this.name, this.data.kind, this.data.step, sample, most))))),
       group.drafts ? this.drafts(group) : null);
@@ -140,14 +140,14 @@ export class Groups {
     return h("details", { class: "drafts" }, h("summary", null, `${group.drafts.length} drafts, ${chosen} chosen${group.redrawn ? " and drawn again" : ""}`),
       h("ul", null, group.drafts.map((one) => h("li", { class: one.chosen ? "chosen" : null },
         one.picture ? h("img", { src: pictureUrl(this.name, this.data.kind, this.data.step, one.picture), alt: "", class: "small", loading: "lazy" }) : null,
-        `${one.index}: ${number(one.total)} ${one.chosen ? "chosen" : "dropped"}`))));
+        `${one.index}: ${reward(one.total)} ${one.chosen ? "chosen" : "dropped"}`))));
   }
 }
 
 function spoken(sample) {
   const credit = sample.advantage === null ? "" : `, advantage ${signed(sample.advantage, 2)}`;
   const text = "text" in sample ? `: ${plainText(sample.text).slice(0, 120)}` : "";
-  return `Sample ${sample.index}, ${sample.failure ? `failed, ${plainText(sample.failure.kind)}` : `reward ${number(sample.total)}`}${credit}${text}`;
+  return `Sample ${sample.index}, ${sample.failure ? `failed, ${plainText(sample.failure.kind)}` : `reward ${reward(sample.total)}`}${credit}${text}`;
 }
 
 export function sampleBody(name, kind, step, sample, most = null) {
@@ -155,7 +155,7 @@ export function sampleBody(name, kind, step, sample, most = null) {
   return [
     sample.picture ? picture(name, kind, step, sample) : "text" in sample ? h("span", { class: "text" }, foreign(sample.text)) : null,
     sample.failure ? h("span", { class: sample.picture || "text" in sample ? "foot bad" : "empty" }, foreign(sample.failure.kind)) : null,
-    sample.failure ? null : h("span", { class: "foot" }, h("b", null, number(sample.total)), credit === null ? null : h("span", { class: "muted" }, signed(credit, 2))),
+    sample.failure ? null : h("span", { class: "foot" }, h("b", null, reward(sample.total)), credit === null ? null : h("span", { class: "muted" }, signed(credit, 2))),
     most === null || credit === null ? null : h("span", { class: "credit", "aria-hidden": "true" }, h("span", {
       class: credit < 0 ? "down" : "up",
       style: { width: `${(50 * Math.abs(credit)) / most}%`, left: credit < 0 ? `${50 - (50 * Math.abs(credit)) / most}%` : "50%" },
@@ -204,14 +204,14 @@ class SampleDialog {
     const [run, prompt, visit, index] = sample.key;
     const [oldest, newest] = sample.versions;
     const facts = [
-      ["Reward", number(sample.total)], ["Advantage", sample.advantage === null ? "not credited" : signed(sample.advantage, 4)],
+      ["Reward", reward(sample.total)], ["Advantage", sample.advantage === null ? "not credited" : signed(sample.advantage, 4)],
       ["Weights", oldest === newest ? `version ${oldest}` : `versions ${oldest} to ${newest}`], ["Age", sample.age === null ? "–" : sample.age === 1 ? "1 version" : `${sample.age} versions`],
       ["Key", `seed ${run} / ${plainText(prompt)} / visit ${visit} / sample ${index}`],
       ...("nfe" in sample ? [["Calls (NFE)", number(sample.nfe)]] : []), ...(sample.gamma !== null && sample.gamma !== undefined ? [["Entropy budget", number(sample.gamma)]] : []),
       ...this.wanted(),
     ];
     const draft = this.group.drafts?.find((one) => one.index === sample.index);
-    if (draft) facts.push(["Draft", `${number(draft.total)}, chosen of ${this.group.drafts.length}${this.group.redrawn ? ", drawn again" : ""}`]);
+    if (draft) facts.push(["Draft", `${reward(draft.total)}, chosen of ${this.group.drafts.length}${this.group.redrawn ? ", drawn again" : ""}`]);
     show(this.body, sample.picture ? picture(this.name, this.kind, this.step, sample) : null,
       h("div", null, h("h3", null, "Prompt"), h("p", { class: "prose" }, foreign(this.group.prompt.text))),
       "text" in sample ? h("div", null, h("h3", null, "Answer"), h("p", { class: "prose" }, foreign(sample.text))) : null,
@@ -231,7 +231,7 @@ function scoreView(score) {
   const plain = Object.entries(details);
   return h("div", { class: "score" },
     h("header", null, h("h3", null, foreign(score.name)), h("span", { class: "muted small" }, [score.weight === null || score.weight === 1 ? "" : `weight ${number(score.weight)} · `, seconds(score.seconds), score.cache === "hit" ? " · remembered" : ""].join("")),
-      h("b", { class: score.error ? "bad" : null }, score.error ? "failed" : number(score.value))),
+      h("b", { class: score.error ? "bad" : null }, score.error ? "failed" : reward(score.value))),
     score.error ? h("p", { class: "bad" }, foreign(`${score.error.code}: ${score.error.message}`)) : null,
     reasoning ? h("p", { class: "prose", "aria-label": "The judge's reasoning" }, foreign(reasoning)) : null,
     plain.length ? h("dl", null, plain.map(([name, value]) => [h("dt", null, plainText(name)), h("dd", null, foreign(typeof value === "string" ? value : typeof value === "number" ? number(value) : JSON.stringify(value, null, 1)))])) : null);

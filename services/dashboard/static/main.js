@@ -3,7 +3,7 @@
 import { get } from "./api.js";
 import { spark } from "./chart.js";
 import { compareView } from "./compare.js";
-import { ago, foreign, h, number, plainText, show, signed } from "./dom.js";
+import { ago, foreign, h, number, plainText, reward, show, signed } from "./dom.js";
 import { runView } from "./run.js";
 
 const main = document.getElementById("main");
@@ -84,17 +84,17 @@ function listPage(runs, chosen) {
 }
 
 function runRow(run, chosen, onchange) {
-  const heldout = run.heldout && run.heldout.last !== null ? [`${run.heldout.name} `, h("b", null, number(run.heldout.last)),
+  const heldout = run.heldout && run.heldout.last !== null ? [`${run.heldout.name} `, h("b", null, reward(run.heldout.last)),
     run.heldout.first === null ? null : h("span", { class: "muted" }, ` (${signed(run.heldout.last - run.heldout.first)})`)] : "–";
   return h("tr", null,
     h("td", null, h("input", { type: "checkbox", "data-run": run.name, "aria-label": `Compare ${plainText(run.name)}`, checked: chosen.has(run.name), onchange })),
     h("td", { class: "name" }, h("a", { href: `#/run/${encodeURIComponent(run.name)}` }, foreign(run.name)), h("br"),
       h("span", { class: "muted small" }, `${plainText(run.algorithm)} · ${plainText(run.model)}`)),
     h("td", null, h("span", { class: `chip ${run.status}` }, plainText(run.status))),
-    h("td", { class: "num wide" }, number(run.step), h("span", { class: "muted" }, run.num_steps ? ` / ${number(run.num_steps)}` : "")),
-    h("td", { class: "num wide" }, h("b", null, number(run.reward.last)), run.reward.first === null ? null : h("span", { class: "muted" }, ` (${signed(run.reward.last - run.reward.first)})`)),
+    h("td", { class: "num wide", "data-label": "Step" }, h("span", null, number(run.step), h("span", { class: "muted" }, run.num_steps ? ` / ${number(run.num_steps)}` : ""))),
+    h("td", { class: "num wide", "data-label": "Training reward" }, h("span", null, h("b", null, reward(run.reward.last)), run.reward.first === null ? null : h("span", { class: "muted" }, ` (${signed(run.reward.last - run.reward.first)})`))),
     h("td", { class: "hide" }, spark(run.spark)),
-    h("td", { class: "num wide" }, heldout),
+    h("td", { class: "num wide", "data-label": "Held-out" }, h("span", null, heldout)),
     h("td", { class: "muted hide" }, ago(run.updated_s)));
 }
 

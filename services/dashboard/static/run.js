@@ -2,7 +2,7 @@
 
 import { follow, get, runPath } from "./api.js";
 import { Chart, emptyCurve } from "./chart.js";
-import { foreign, h, number, percent, plainText, seconds, show, signed, throttled } from "./dom.js";
+import { foreign, h, number, percent, plainText, reward, seconds, show, signed, throttled } from "./dom.js";
 import { failuresSection, frontierSection, settingsSection } from "./extras.js";
 import { Groups, sampleBody } from "./groups.js";
 import { Timing } from "./timing.js";
@@ -151,7 +151,8 @@ class RunPage {
     }
     const record = await get(`${runPath(this.name)}/groups/train/${step}`, this.signal).catch(() => null);
     if (!record || !record.groups.length) return;
-    const group = record.groups[0];
+    // The first whose siblings were told apart: most is to be seen there.
+    const group = record.groups.find(({ samples }) => new Set(samples.map((one) => one.total)).size > 1) ?? record.groups[0];
     const isText = group.samples.some((one) => "text" in one);
     const shown = [...group.samples].sort((a, b) => (b.total ?? -Infinity) - (a.total ?? -Infinity)).slice(0, isText ? 4 : 12);
     show(this.latest, h("header", { class: "title" }, h("h2", null, `What it makes at step ${number(step)}`), h("a", { href: "#groups", onclick: (event) => { event.preventDefault(); this.groups.choose(step); document.getElementById("groups").scrollIntoView(); } }, "all groups")),
@@ -161,7 +162,8 @@ class RunPage {
 }
 
 function naming(key) {
-  if (key === "reward/mean") return "training";
+  if (["reward/mean", "nfe/mean", "gamma/mean"].includes(key)) return "training";
+  if (key.startsWith("staleness/")) return key.slice(10);
   return key.startsWith("eval/") ? `held-out ${key.slice(5)}` : key;
 }
 
@@ -172,18 +174,18 @@ function card(title, figure, kind, ...lines) {
 function learning(data) {
   const shown = data.heldout.find((one) => one.name === data.headline);
   const change = (one) => (one.first === null || one.last === one.first ? "" : `${signed(one.last - one.first)} since step ${one === shown ? "0" : "1"}`);
-  if (!shown) return card("Does it learn?", number(data.reward.last), "", "training reward", change(data.reward));
+  if (!shown) return card("Does it learn?", reward(data.reward.last), "", "training reward", change(data.reward));
   const rose = shown.last - shown.first;
-  return card("Does it learn?", [number(shown.last), " ", h("span", { class: `small ${rose > 0 ? "good" : rose < 0 ? "bad" : ""}` }, signed(rose))], "",
-    `held-out ${shown.name}, was ${number(shown.first)}`, `training reward ${number(data.reward.last)}, was ${number(data.reward.first)}`);
+  return card("Does it learn?", [reward(shown.last), " ", h("span", { class: `small ${rose > 0 ? "good" : rose < 0 ? "bad" : ""}` }, signed(rose))], "",
+    `held-out ${shown.name}, was ${reward(shown.first)}`, `training reward ${reward(data.reward.last)}, was ${reward(data.reward.first)}`);
 }
 
 function hacking(data) {
   const found = data.alerts.find((one) => one.kind === "hacking");
   const diversity = data.heldout.find((one) => one.name === "diversity");
   const collapse = data.alerts.some((one) => one.kind === "diversity");
-  const told = diversity && diversity.last !== null ? `diversity ${number(diversity.last)}, was ${number(diversity.first)}` : "";
-  const metrics = data.heldout.filter((one) => data.held_out_metrics.includes(one.name)).slice(0, 1).map((one) => `held-out ${one.name} ${number(one.last)}, was ${number(one.first)}`);
+  const told = diversity && diversity.last !== null ? `diversity ${reward(diversity.last)}, was ${reward(diversity.first)}` : "";
+  const metrics = data.heldout.filter((one) => data.held_out_metrics.includes(one.name)).slice(0, 1).map((one) => `held-out ${one.name} ${reward(one.last)}, was ${reward(one.first)}`);
   if (found) return card("Does it hack its reward?", "Suspected", `text ${found.level}`, ...metrics, told);
   if (data.heldout.every((one) => one.step === null || one.step === 0)) return card("Does it hack its reward?", "Too early to say", "text", told);
   return card("Does it hack its reward?", collapse ? "Samples grow alike" : "No sign of it", `text ${collapse ? "warn" : ""}`, ...metrics, told);
