@@ -176,14 +176,14 @@ class TensorBoardSink:
         """In a code block, for TensorBoard reads Markdown."""
         from tensorboard.compat.proto import tensor_pb2, tensor_shape_pb2, types_pb2
 
-        tensor: Any = tensor_pb2
+        tensors: Any = tensor_pb2
+        shapes: Any = tensor_shape_pb2
+        types: Any = types_pb2
         metadata = self._summaries.SummaryMetadata(
             plugin_data=self._summaries.SummaryMetadata.PluginData(plugin_name="text")
         )
-        value = tensor.TensorProto(
-            dtype=types_pb2.DT_STRING,
-            string_val=[fenced(text).encode()],
-            tensor_shape=tensor_shape_pb2.TensorShapeProto(),
+        value = tensors.TensorProto(
+            dtype=types.DT_STRING, string_val=[fenced(text).encode()], tensor_shape=shapes.TensorShapeProto()
         )
         self._write_summary(step, [self._summaries.Summary.Value(tag=name, metadata=metadata, tensor=value)])
 
