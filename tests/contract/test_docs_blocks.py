@@ -12,6 +12,7 @@ import shlex
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,12 @@ def check_bash(block: Block, folder: Path) -> None:
         PROGRAMS[program](words[1:])
 
 
+def check_untold(block: Block, folder: Path) -> None:
+    """Of a block without a language: what calls Raylign."""
+    calls = [line for line in block.text.splitlines() if re.match(r"(\.venv/bin/)?raylign ", line)]
+    check_bash(replace(block, text="\n".join(calls)), folder)
+
+
 def commands(text: str) -> Iterator[list[str]]:
     """The commands of a script, without comments, assignments before them, and what follows `|` or `&&` apart."""
     for line in re.sub(r"\\\n", " ", text).splitlines():
@@ -197,6 +204,7 @@ KINDS: dict[str, Callable[[Block, Path], None]] = {
     "json": check_json,
     "bash": check_bash,
     "text": nothing,
+    "": check_untold,
 }
 
 
@@ -207,7 +215,7 @@ def _checked() -> list[Block]:
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
 def test_a_block_is_of_a_known_kind(block: Block) -> None:
-    assert block.kind in KINDS, "name the block's language; `text` for drawings and output"
+    assert block.kind in KINDS, f"{block.kind} has no check; `text` is for drawings and output"
     assert not block.title.startswith(NEEDS) or block.title in REASONS
 
 
@@ -232,6 +240,7 @@ def test_a_block_does_what_it_says(block: Block, tmp_path: Path, monkeypatch: py
         ("bash", "raylign train quickstart_image --learner.lrr 1e-4\n", "learner.lr"),
         ("bash", "raylign train quickstart_image \\\n  --learner.lrr 1e-4  # a comment\n", "learner.lr"),
         ("bash", "kubectl get pods\n", "no check"),
+        ("", "a drawing\nraylign trian quickstart_image\n", "no command"),
         ("bash", "make everything\n", "everything"),
         ("bash", "python benchmarks/quickstart.py --no-such-option 3\n", "--no-such-option"),
         ("python", "from raylign.config import no_such_name\n", "no_such_name"),
