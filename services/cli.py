@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from raylign.pretrain import PRETRAINERS
-from services import dashboard_commands, job_commands, resume_commands, scale_commands
+from services import dashboard_commands, job_commands, plan_commands, resume_commands, scale_commands
 
 app = typer.Typer(
     name="raylign",
@@ -25,6 +25,7 @@ app.add_typer(resume_commands.app)
 app.add_typer(job_commands.app)
 app.add_typer(scale_commands.app)
 app.add_typer(dashboard_commands.app)
+app.add_typer(plan_commands.app)
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="Where the run writes; a new folder in runs/.")]
