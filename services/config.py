@@ -46,6 +46,7 @@ from services.record import RecordConfig
 from services.reward_config import ServiceConfig
 from services.staleness import AsyncGuardConfig
 from services.text_checks import check_text_run
+from services.tracking import TrackingConfig
 
 Placement = Literal["in_process", "colocated", "separate"]
 
@@ -165,6 +166,7 @@ class RunConfig(Config):
     async_guard: AsyncGuardConfig = AsyncGuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     record: RecordConfig = RecordConfig()
+    tracking: TrackingConfig = TrackingConfig()
     eval: EvalConfig = EvalConfig()
 
     @property

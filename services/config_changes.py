@@ -31,6 +31,7 @@ NEUTRAL: Mapping[str, str] = {
     "rollout.max_actors": "as num_actors",
     "checkpoint": "writing state does not change it",
     "record": "it is written to be looked at, and read by nobody who trains",
+    "tracking": "as record",
     "eval.every_steps": "held-out samples have keys of their own, the same at every evaluation",
     "learner.publish": "a delta is applied to the very tensors of the whole snapshot, and verified by the same hash",
     "reward_service.num_replicas": "a sample's score does not depend on the replica that gives it",

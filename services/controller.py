@@ -57,9 +57,13 @@ class Timeline:
     """Seconds by phase since the last step was logged."""
 
     seconds: dict[str, float] = field(default_factory=dict[str, float])
+    heard: Callable[[str, float], None] | None = None
+    """Is told of each phase when it ends."""
 
     def add(self, phase: str, seconds: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        if self.heard is not None:
+            self.heard(phase, seconds)
 
     def drain(self) -> dict[str, float]:
         drained, self.seconds = self.seconds, {}
@@ -80,6 +84,7 @@ class Controller:
         observer: Observer,
         save: Callable[[int], Awaitable[None]],
         stop: asyncio.Event | None = None,
+        heard: Callable[[str, float], None] | None = None,
     ) -> None:
         self._config = config
         self._prompts = prompts
@@ -89,7 +94,7 @@ class Controller:
         self._learner = learner
         self._observer = observer
         self._save = save
-        self._timeline = Timeline()
+        self._timeline = Timeline(heard=heard)
         self._spawned: set[asyncio.Task[None]] = set()
         self._refused = 0
         self._mid_step = False

@@ -13,6 +13,7 @@ from raylign.types import Prompt
 from rewards import make_mix
 from rollout.prompts import GroupTask, load_prompts, refuse_overlap
 from services.config import RunConfig
+from services.tracking import check_tracking
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,9 @@ class RunInputs:
 
 
 def read_inputs(config: RunConfig) -> RunInputs:
-    """Check the model directory, read the prompts, and let every required reward check each, before anything starts."""
+    """Check trackers and the model directory, read the prompts, and let every required reward check each, before
+    anything starts."""
+    check_tracking(config.tracking)
     prompts, heldout = checked_prompts(config)
     tasks = [GroupTask(prompt, -1, place) for place, prompt in enumerate(heldout)]
     return RunInputs(prompts, tasks, _sha256s(config))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from learner.checkpoint import CheckpointManifest, prune_checkpoints
 from raylign.errors import CheckpointError, RunDirError
-from raylign.metrics import MetricsRow, make_sinks, read_metrics
+from raylign.metrics import MetricsRow, read_metrics
 from raylign.types import JsonValue
 from rollout.prompts import PromptStream
 from services.config import RunConfig
@@ -26,6 +26,7 @@ from services.run_dir import RunDir
 from services.run_inputs import RunInputs
 from services.stopping import stop_on_signals
 from services.topology import Topology
+from services.tracking import PhaseListener, open_sinks
 
 _SINKS = ("jsonl", "tensorboard")
 _BEFORE_ALL_STEPS = -1
@@ -113,7 +114,7 @@ async def _attempt(run: Training, topology: Topology, died_at: int) -> None:
             await topology.learner.load(start.path.resolve())
     again = run.observer is not None
     kept = start.step if start is not None else _BEFORE_ALL_STEPS if again else None
-    sinks = make_sinks(_SINKS, folder.path, kept)
+    sinks, heard = open_sinks(config, folder.path, kept, run.console.note)
     recorder = sinks.closing(GroupRecorder(config.record, config.algorithm, folder.path, kept))
     try:
         earlier = read_metrics(folder.metrics)
@@ -123,7 +124,7 @@ async def _attempt(run: Training, topology: Topology, died_at: int) -> None:
         seconds = run.seconds_before + time.monotonic() - run.train_started_s
         run.observer = RunObserver(folder, sinks, run.console, seconds, config.held_out_metrics, recorder)
         run.observer.first_eval, run.observer.last_eval = _evaluations(earlier)
-        controller = _controller(run, topology, _telling(run, died_at, start_step, run.observer))
+        controller = _controller(run, topology, _telling(run, died_at, start_step, run.observer), heard)
         controller.step, run.controller = start_step, controller
         if not again:
             for slot, computed in (await topology.fleet.precision_report()).items():
@@ -158,7 +159,7 @@ def _telling(run: Training, died_at: int, back_to: int, observer: RunObserver) -
     return RecoveryObserver(observer, lost_s, recovered)
 
 
-def _controller(run: Training, topology: Topology, observer: Observer) -> Controller:
+def _controller(run: Training, topology: Topology, observer: Observer, heard: PhaseListener | None) -> Controller:
     """The loop over the topology's roles, with the guard's state and the way to write checkpoints."""
     config, folder = run.config, run.folder
     record = run_record(config, run.inputs, run.origin)
@@ -185,6 +186,7 @@ def _controller(run: Training, topology: Topology, observer: Observer) -> Contro
         scaling(config, topology, observer, run.console.note),
         save,
         run.stop,
+        heard=heard,
     )
     restore_guard(controller, run.start, config)
     return controller
