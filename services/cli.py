@@ -172,12 +172,40 @@ def report(run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")]
     typer.echo(f"Report: {write_report(run_dir)}")
 
 
-@app.command()
-def doctor() -> None:
-    """Say what this machine has, what it lacks for Raylign, and what to do."""
-    from services.doctor import diagnose, print_checks
+@app.command(context_settings=_OVERRIDES)
+def doctor(
+    context: typer.Context,
+    config: Annotated[
+        str | None, typer.Argument(help="A configuration, by path or shipped name: also check what it needs.")
+    ] = None,
+    judge: Annotated[str | None, typer.Option(help="Address of a judge server's API, its /v1 included.")] = None,
+    redis: Annotated[
+        str | None, typer.Option(envvar="RAYLIGN_REWARD_CACHE_URL", help="Address of a Redis that keeps scores.")
+    ] = None,
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Where runs are to be written.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what this machine has, what it lacks for Raylign, and what to do. Exit code 1 if a run could not start.
 
-    raise typer.Exit(print_checks(diagnose()))
+    Example: `raylign doctor flux_flow_grpo --model.path /models/FLUX.1-dev --judge http://127.0.0.1:8000/v1`
+    """
+    names, overrides = split_configs(config or "", "", context.args) if config else ([], {})
+    from services.doctor import checks_as_json, diagnose, print_checks
+
+    checks = diagnose(run_dir=run_dir)
+    if names or judge or redis:
+        from services.doctor_config import check_judge, check_redis, diagnose_config, judge_at
+
+        checks += diagnose_config(names, overrides) if names else []
+        checks += [check_judge(judge_at(judge))] if judge else []
+        checks += [check_redis(redis)] if redis else []
+    if as_json:
+        import json
+
+        found = checks_as_json(checks)
+        typer.echo(json.dumps(found, indent=2))
+        raise typer.Exit(0 if found["ok"] else 1)
+    raise typer.Exit(print_checks(checks))
 
 
 def split_config(config: str, default: str, arguments: Sequence[str]) -> tuple[str, dict[str, str]]:

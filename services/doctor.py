@@ -1,4 +1,7 @@
-"""`raylign doctor`: what is missing on this machine, and what to do about it. Under five seconds, starts nothing."""
+"""`raylign doctor`: what is missing on this machine, and what to do about it. Under five seconds, starts nothing.
+
+What one configuration needs, and the servers it asks, are in `services/doctor_config.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,17 @@ import importlib.util
 import os
 import platform
 import re
+import resource
 import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from rich.console import Console
@@ -31,6 +36,14 @@ if TYPE_CHECKING:
 
 _GIB = 1024**3
 _REPOSITORY = Path(__file__).resolve().parent.parent
+KNOWN_PORTS: Mapping[int, str] = {
+    8000: "reward service, or vLLM",
+    8265: "Ray's dashboard and jobs",
+    6379: "Ray's head, or Redis",
+    10001: "Ray clients",
+}
+_TOO_FEW_FILES, _FEW_FILES = 512, 4096
+_SLOW_DISK = 30e6
 # Only needed where named: a missing one is a warning unless the run cannot start without it.
 _REQUIRED = ("torch", "ray", "diffusers", "transformers", "pydantic", "numpy", "pillow", "rich", "tensorboard")
 
@@ -53,21 +66,28 @@ class Check:
     remedy: str = ""
 
 
-def diagnose(constraints: Path = _REPOSITORY / "constraints.txt", model: Path | None = None) -> list[Check]:
-    """Every check, in the order a person would fix them. `model` is the shipped model's folder."""
+def diagnose(
+    constraints: Path = _REPOSITORY / "constraints.txt", model: Path | None = None, run_dir: Path = Path()
+) -> list[Check]:
+    """Every check, in the order a person would fix them. `model` is the shipped model's folder, `run_dir` where runs
+    are to be written."""
     checks: list[Callable[[], Check]] = [
         check_python,
         lambda: check_packages(constraints),
         check_torch,
         check_gpus,
+        check_driver,
         *(functools.partial(check_format, name) for name in ("fp8", "nvfp4", "mxfp4")),
         check_cores,
         check_memory,
         check_shared_memory,
-        check_disk,
+        check_open_files,
+        lambda: check_disk(run_dir),
+        lambda: check_disk_speed(run_dir),
         check_temp_dir,
         check_ray,
         check_ports,
+        check_known_ports,
         check_ocr,
         lambda: check_model(model),
     ]
@@ -95,6 +115,20 @@ def print_checks(checks: Sequence[Check], console: Console | None = None) -> int
     else:
         console.print(Text(f"\nready to train, {warned} warning(s)", "bold green"))
     return 1 if failed else 0
+
+
+def checks_as_json(checks: Sequence[Check]) -> dict[str, Any]:
+    """The findings for programs; `ok` is whether a run can start."""
+    rows = [
+        {
+            "name": one.name,
+            "status": one.status.value,
+            "found": one.found,
+            "remedy": "" if one.status is Status.OK else one.remedy,
+        }
+        for one in checks
+    ]
+    return {"ok": not any(one.status is Status.FAIL for one in checks), "checks": rows}
 
 
 def check_python() -> Check:
@@ -161,6 +195,38 @@ def check_gpus() -> Check:
     return Check("GPUs", Status.OK, "none: runs use the CPU")
 
 
+def check_driver(
+    version_file: Path = Path("/proc/driver/nvidia/version"), needs: str | None = None, usable: bool | None = None
+) -> Check:
+    """The NVIDIA driver beside what torch was built for. `needs`, `usable`: torch's CUDA version, and whether it works
+    here; asked of torch when not given."""
+    if needs is None and usable is None and importlib.util.find_spec("torch") is not None:
+        import torch
+
+        needs, usable = torch.version.cuda, torch.cuda.is_available()
+    try:
+        told = version_file.read_text(encoding="utf-8")
+    except OSError:
+        if needs is None:
+            return Check("driver", Status.OK, "no NVIDIA driver; the CPU build of torch needs none")
+        return Check(
+            "driver",
+            Status.WARN,
+            f"no NVIDIA driver, and torch is built for CUDA {needs}: it computes on the CPU",
+            "install the driver on the host, and start containers with `--gpus all`",
+        )
+    found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", told)
+    version = found[1] if found else "of unknown version"
+    if needs is not None and not usable:
+        return Check(
+            "driver",
+            Status.FAIL,
+            f"NVIDIA {version}, with which torch's CUDA {needs} does not start",
+            f"install a driver for CUDA {needs} (`nvidia-smi` shows what this one can do), or an older build of torch",
+        )
+    return Check("driver", Status.OK, f"NVIDIA {version}" + (f", torch's CUDA {needs}" if needs else ""))
+
+
 def check_format(name: Format, capabilities: Sequence[Capability] | None = None) -> Check:
     """Whether this machine's GPUs have units for a rollout format, and which backend uses them.
 
@@ -225,10 +291,56 @@ def check_shared_memory(path: Path = Path("/dev/shm")) -> Check:
     return Check("shared memory", Status.OK, found)
 
 
+def check_open_files(limit: int | None = None) -> Check:
+    """How many files and sockets a process may have open: Ray's servers hold hundreds for each worker."""
+    if limit is None:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    found = "no limit" if limit == resource.RLIM_INFINITY else f"{limit} per process"
+    if limit != resource.RLIM_INFINITY and limit < _FEW_FILES:
+        return Check(
+            "open files",
+            Status.FAIL if limit < _TOO_FEW_FILES else Status.WARN,
+            found,
+            "`ulimit -n 65536` in the shell that starts the run; Ray's servers die without a word when they run out",
+        )
+    return Check("open files", Status.OK, found)
+
+
+def existing_folder(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there already."""
+    path = path.expanduser().resolve()
+    return next((one for one in (path, *path.parents) if one.is_dir()), Path("/"))
+
+
+def check_disk_speed(path: Path = Path(), num_bytes: int = 32 * 2**20) -> Check:
+    """How fast a checkpoint reaches the disk of the run directory: a file of its own is written, synced, removed."""
+    folder = existing_folder(path)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".raylign-doctor-") as file:
+            block = os.urandom(2**20)
+            started_s = time.perf_counter()
+            for _ in range(max(1, num_bytes // len(block))):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            seconds = time.perf_counter() - started_s
+    except OSError as error:
+        remedy = "give a --run-dir that can be written, or free some space"
+        return Check("disk speed", Status.FAIL, f"cannot write in {folder}: {error.strerror}", remedy)
+    rate = num_bytes / max(seconds, 1e-9)
+    found = f"{rate / 1e6:.0f} MB/s written and synced in {folder}"
+    if rate < _SLOW_DISK:
+        return Check(
+            "disk speed", Status.WARN, found, "every checkpoint waits for it: a --run-dir on a local disk is faster"
+        )
+    return Check("disk speed", Status.OK, found)
+
+
 def check_disk(path: Path = Path()) -> Check:
-    """Room for checkpoints where the command is called."""
+    """Room for checkpoints where the run directory will be."""
+    path = existing_folder(path)
     free = shutil.disk_usage(path).free
-    found = f"{free / _GIB:.1f} GiB free here"
+    found = f"{free / _GIB:.1f} GiB free in {path}"
     if not os.access(path, os.W_OK):
         return Check("disk", Status.FAIL, f"cannot write in {path.resolve()}", "give a writable --run-dir")
     if free < _GIB:
@@ -272,11 +384,30 @@ def check_ports(host: str = "127.0.0.1") -> Check:
     finally:
         for server in held:
             server.close()
+    try:
+        with tempfile.TemporaryDirectory(dir=temp_root()) as folder, socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(Path(folder) / "socket"))
+    except OSError as error:
+        remedy = "Ray's processes talk through such files: set TMPDIR to a short path on a local disk"
+        return Check("ports", Status.FAIL, f"no socket can lie in {temp_root()}: {error}", remedy)
+    return Check("ports", Status.OK, f"a cluster can start: {host} and {temp_root()} take sockets")
+
+
+def check_known_ports(ports: Mapping[int, str] | None = None, host: str = "127.0.0.1") -> Check:
+    """The ports that services have by default; one that is taken is worth knowing, and nothing to stop for."""
+    ports = KNOWN_PORTS if ports is None else ports
+    taken = [f"{port} ({what})" for port, what in ports.items() if is_taken(port, host)]
+    if not taken:
+        return Check("known ports", Status.OK, f"{', '.join(map(str, ports))} are free")
+    told = "a run's own cluster takes others by itself; `--service.port` moves a reward server, `--address` joins a Ray"
+    return Check("known ports", Status.OK, f"in use: {', '.join(taken)}; {told}")
+
+
+def is_taken(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether somebody listens there."""
     with socket.socket() as probe:
-        taken = probe.connect_ex((host, 8265)) == 0
-    return Check(
-        "ports", Status.OK, "loopback ports are free" + ("; 8265 is taken, a dashboard moves on" if taken else "")
-    )
+        probe.settimeout(1.0)
+        return probe.connect_ex((host, port)) == 0
 
 
 def check_ocr() -> Check:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
+import json
+import resource
+import socket
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +23,9 @@ def test_a_diagnosis_is_quick_complete_and_says_what_to_do(tmp_path: Path) -> No
     checks = diagnose(constraints=tmp_path / "none.txt")
     assert time.perf_counter() - began < 5 * 3, "seconds on a quiet machine, a few times that on a busy one"
     names = [check.name for check in checks]
-    assert names[:7] == ["Python", "packages", "torch", "GPUs", "format fp8", "format nvfp4", "format mxfp4"]
-    assert len(names) == len(set(names)) == 16
+    assert names[:5] == ["Python", "packages", "torch", "GPUs", "driver"]
+    assert names[5:8] == ["format fp8", "format nvfp4", "format mxfp4"]
+    assert len(names) == len(set(names)) == 20
     assert all(check.found for check in checks)
     assert all(check.remedy for check in checks if check.status is not Status.OK)
 
@@ -108,3 +112,55 @@ def test_a_format_is_native_only_where_every_gpu_has_its_units() -> None:
     assert mixed.status is Status.WARN
     assert mixed.found.startswith("native on 1 of 2 GPUs (backend torch), emulated on the others")
     assert "require_native" in mixed.remedy
+
+
+def test_a_driver_that_does_not_fit_torch_stops_a_run(tmp_path: Path) -> None:
+    none = tmp_path / "none"
+    assert doctor.check_driver(none, None, False).status is Status.OK, "the CPU build needs none"
+    assert doctor.check_driver(none, "12.8", False).status is Status.WARN
+    told = tmp_path / "version"
+    told.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n")
+    old = doctor.check_driver(told, "12.8", False)
+    assert old.status is Status.FAIL
+    assert "535.104.05" in old.found
+    assert "12.8" in old.remedy
+    assert doctor.check_driver(told, "12.8", True) == Check("driver", Status.OK, "NVIDIA 535.104.05, torch's CUDA 12.8")
+
+
+def test_few_open_files_are_told_with_the_command_that_raises_them() -> None:
+    assert doctor.check_open_files(65536).status is Status.OK
+    assert doctor.check_open_files(resource.RLIM_INFINITY).status is Status.OK
+    assert doctor.check_open_files(1024).status is Status.WARN
+    few = doctor.check_open_files(256)
+    assert few.status is Status.FAIL
+    assert "ulimit -n" in few.remedy
+
+
+def test_the_disk_of_a_run_directory_that_is_not_there_yet_is_measured_and_left_clean(tmp_path: Path) -> None:
+    check = doctor.check_disk_speed(tmp_path / "runs" / "new", 2**20)
+    assert check.status is not Status.FAIL
+    assert f"MB/s written and synced in {tmp_path}" in check.found
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert doctor.is_taken(port)
+        check = doctor.check_known_ports({port: "a test"})
+        assert f"in use: {port} (a test)" in check.found
+    assert not doctor.is_taken(port)
+    assert doctor.check_known_ports({port: "a test"}).found == f"{port} are free"
+
+
+def test_findings_for_programs() -> None:
+    checks = [Check("a", Status.OK, "fine", "unused"), Check("c", Status.FAIL, "broken", "repair it")]
+    found = doctor.checks_as_json(checks)
+    assert json.loads(json.dumps(found)) == {
+        "ok": False,
+        "checks": [
+            {"name": "a", "status": "ok", "found": "fine", "remedy": ""},
+            {"name": "c", "status": "fail", "found": "broken", "remedy": "repair it"},
+        ],
+    }
+    assert doctor.checks_as_json(checks[:1])["ok"]
