@@ -210,6 +210,8 @@ class SimulatedLearner:
     async def end_step(self, step: int) -> Mapping[str, float]:
         return {}
 
+    async def adjust(self, lr_scale: float, kl_scale: float) -> None: ...
+
     async def publish(self, version: WeightVersion, which: str) -> WeightVersion:
         await asyncio.sleep(self._times().publish_s)
         return version

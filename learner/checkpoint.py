@@ -251,13 +251,13 @@ def set_aside(path: Path, why: str) -> Path:
     return aside
 
 
-def prune_checkpoints(parent: Path, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` (at least 1) checkpoints; returns what was deleted.
+def prune_checkpoints(parent: Path, keep: int, spared: int | None = None) -> list[Path]:
+    """Delete all but the newest `keep` (at least 1) checkpoints and that of step `spared`; returns what was deleted.
 
     The newest one that is as it was written stays in any case: files can be damaged after they were synced.
     """
     paths = list_checkpoints(parent)
-    doomed = paths[: -max(1, keep)]
+    doomed = [path for path in paths[: -max(1, keep)] if _step_of(path) != spared]
     if not doomed:
         return []
     good, _ = newest_good(parent)

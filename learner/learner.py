@@ -27,7 +27,7 @@ from learner.survey import surveyed_batches
 from learner.tally import MetricTally
 from learner.trained import Sharded, hold
 from raylign.config import Config
-from raylign.errors import CheckpointError, RewardError
+from raylign.errors import CheckpointError, ConfigError, RewardError
 from raylign.models.base import Conditioning
 from raylign.models.tokens import BUDGET_HEAD, TokenPrompts, finite_logits, probed
 from raylign.precision import Precision
@@ -120,8 +120,12 @@ class Learner:
         """
         self.config = config
         self.policy = policy
-        setting = LossSetting(sampler, guidance_scale, getattr(policy, "vocabulary", None), config.epochs_per_step)
-        self.algorithm = make_algorithm(algorithm_config, setting)
+        self._setting = LossSetting(
+            sampler, guidance_scale, getattr(policy, "vocabulary", None), config.epochs_per_step
+        )
+        self._algorithm_config = algorithm_config
+        self.algorithm = make_algorithm(algorithm_config, self._setting)
+        self._lr_scale = 1.0
         self._ranks = ranks or RankGroup.single()
         self._micro_batch_size = micro_batch_size
         self._run_seed = run_seed
@@ -207,7 +211,8 @@ class Learner:
         metrics |= self._tally.reduce(self._ranks, num_items)
         # After the reduction every rank holds the same numbers, so every rank decides alike.
         norm = self._trained.clip(self._network, self.config.grad_clip)
-        lr = self.config.lr * min(1.0, (self._num_optimiser_steps + 1) / max(1, self.config.warmup_steps))
+        warmup = min(1.0, (self._num_optimiser_steps + 1) / max(1, self.config.warmup_steps))
+        lr = self.config.lr * self._lr_scale * warmup
         metrics |= {"grad/norm": norm, "learner/lr": lr}
         if self._heads:
             metrics["grad/budget_norm"] = self._trained.clip(self._heads, self.config.grad_clip)
@@ -237,6 +242,23 @@ class Learner:
             if decay < 1:
                 decay_towards(self.policy, tensors, decay)
         return metrics
+
+    def adjust(self, lr_scale: float, kl_scale: float) -> None:
+        """Train from here on with the configured learning rate and weight of the KL times these.
+
+        They are the owner's, as the configuration is, and not in `state_dict`: who goes on from a state adjusts anew.
+        Called between steps. Raises ConfigError for a KL that the algorithm does not have.
+        """
+        kl_weight = float(getattr(self._algorithm_config, "kl_weight", 0.0))
+        if kl_scale != 1 and kl_weight == 0:
+            raise ConfigError(
+                f"the weight of the KL cannot be raised: algorithm {self._algorithm_config.type!r} has none (its "
+                "kl_weight is 0); set algorithm.kl_weight above 0"
+            )
+        self._lr_scale = lr_scale
+        raised = {"kl_weight": kl_weight * kl_scale} if kl_weight else {}
+        changed = self._algorithm_config.model_copy(update=raised)
+        self.algorithm = make_algorithm(changed, self._setting)
 
     def publish(self, version: WeightVersion, which: Which = "rollout") -> WeightSnapshot:
         """A verified snapshot of one of the learner's policies. A copy: safe to send.

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from rewards.aesthetic import AestheticConfig, AestheticReward
 from rewards.base import Reward, RewardConfig
+from rewards.brightness import BrightnessConfig, BrightnessReward
 from rewards.clip_score import ClipScoreConfig, ClipScoreReward
 from rewards.code_tests import CodeTestsConfig, CodeTestsReward
 from rewards.countdown import CountdownConfig, CountdownReward
@@ -40,6 +41,7 @@ AnyRewardConfig = (
     | GlyphPixelsConfig
     | PaletteConfig
     | SharpnessConfig
+    | BrightnessConfig
     | GenevalConfig
     | ClipScoreConfig
     | PickScoreConfig
@@ -63,6 +65,7 @@ REWARDS = {
     GlyphPixelsConfig: GlyphPixelsReward,
     PaletteConfig: PaletteReward,
     SharpnessConfig: SharpnessReward,
+    BrightnessConfig: BrightnessReward,
     GenevalConfig: GenevalReward,
     ClipScoreConfig: ClipScoreReward,
     PickScoreConfig: PickScoreReward,
@@ -96,6 +99,8 @@ __all__ = [
     "AestheticConfig",
     "AestheticReward",
     "AnyRewardConfig",
+    "BrightnessConfig",
+    "BrightnessReward",
     "ClipScoreConfig",
     "ClipScoreReward",
     "CodeTestsConfig",

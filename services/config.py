@@ -38,6 +38,7 @@ from rollout.explore import ExploreConfig
 from services.async_checks import check_async
 from services.elastic import ElasticConfig
 from services.explore_checks import check_exploration
+from services.guard_config import GuardConfig, check_guard
 from services.image_checks import check_image_run
 from services.nodes import NodesConfig
 from services.parity import FORMAT_GAPS
@@ -164,6 +165,7 @@ class RunConfig(Config):
     learner: LearnerConfig = LearnerConfig()
     nodes: NodesConfig = NodesConfig()
     async_guard: AsyncGuardConfig = AsyncGuardConfig()
+    guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     record: RecordConfig = RecordConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -272,6 +274,14 @@ class RunConfig(Config):
             )
         kl_weight = float(getattr(self.algorithm, "kl_weight", 0.0))
         check_async(self.async_guard, self.max_staleness, self.algorithm.type, kl_weight)
+        check_guard(
+            self.guard,
+            self.rewards,
+            self.algorithm.type,
+            kl_weight,
+            explores=self.rollout.explore is not None,
+            evaluates=self.prompts.heldout is not None,
+        )
         self.reward_service.check_per_reward([reward.name for reward in self.rewards])
         if self.placement == "in_process" and self.reward_service.transport == "http":
             raise ValueError("in_process scores in its own process; reward_service.transport = 'http' needs a cluster")

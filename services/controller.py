@@ -9,6 +9,8 @@
                 hand-off is over (old weights are out before they change), optimises, spawns the next hand_off.
     hand_off    publishes, lets the actors pull, evaluates if due, and only then releases the P tickets.
 
+A step is judged when it is over (`services.guard`), with the evaluation of its weights if one is due.
+
 An asynchronous run that leaves a band of its guard (`services.staleness`) trains what was admitted, admits nothing else
 meanwhile, and goes on with as few tickets as a synchronous one.
 
@@ -32,6 +34,8 @@ from rollout.engine import ChunkRequest, chunk_requests, join_parts
 from rollout.prompts import GroupTask, PromptStream
 from services.config import RunConfig
 from services.exploration import explored_group
+from services.guard import Verdict
+from services.guard_run import RewardGuard
 from services.parity import parity_gap
 from services.pull_metrics import pull_metrics
 from services.roles import Fleet, LearnerRole, Scorer
@@ -84,6 +88,7 @@ class Controller:
         observer: Observer,
         save: Callable[[int], Awaitable[None]],
         stop: asyncio.Event | None = None,
+        watch: RewardGuard | None = None,
         heard: Callable[[str, float], None] | None = None,
     ) -> None:
         self._config = config
@@ -104,6 +109,10 @@ class Controller:
         self._old_until = 0
         self.guard = StalenessGuard(config.async_guard, config.max_staleness)
         """Its state belongs into checkpoints, and is restored before `run`."""
+        self.watch = watch if watch is not None else RewardGuard(config)
+        """Guards against reward hacking; its state belongs into checkpoints too."""
+        self.went_back = False
+        """Whether the run ended because it goes on from the last completed step's checkpoint, with earlier weights."""
         self.stop = stop if stop is not None else asyncio.Event()
         self.step = 0
         """Last completed step."""
@@ -116,10 +125,12 @@ class Controller:
             config.groups_per_step, config.max_staleness, start_step * config.groups_per_step
         )
         await self._buffer.limit(self.guard.limit)
+        await self.watch.adjust(self._learner)
         await self._publish(start_step)
         await self._check_parity(start_step)
         if start_step == 0:
             await self._evaluate_if_due(0)
+        await self._heed(start_step, self.watch.judge(start_step, {}, ()))
         self._timeline.drain()
         try:
             async with asyncio.TaskGroup() as group:
@@ -158,6 +169,7 @@ class Controller:
         groups = await self._make_groups(requests, evaluation=True)
         self._check_failures(groups, f"evaluation at step {step}")
         self._observer.evaluated(step, groups)
+        self.watch.evaluated(step, groups)
         points = self._config.eval_points
         if points and (self._config.modality == "image" or step in (0, self._config.num_steps)):
             sweeps = {AS_CONFIGURED: groups}
@@ -210,6 +222,7 @@ class Controller:
             groups = await self._take_or_stop()
             if groups is None:
                 break
+            groups = self.watch.to_train_on(groups)
             self._timeline.add("rollout", time.perf_counter() - started_s)
             check_age(groups, step - 1, config.max_staleness if step <= self._old_until else self.guard.limit)
             self._check_failures(groups, f"step {step}")
@@ -217,9 +230,15 @@ class Controller:
             changed = self.guard.after_step(metrics | staleness_metrics(groups, step - 1))
             await self._follow_guard(changed)
             hand_off = self._spawn(self._hand_off(step), f"hand-off of version {step}")
-            if self.guard.limit == 0:
+            if self.guard.limit == 0 or (self.watch.enabled and self._evaluates(step)):
                 await hand_off
-            self._log(step, metrics, groups, time.perf_counter() - started_s)
+            everything = self._everything(step, metrics, groups, time.perf_counter() - started_s)
+            verdict = self.watch.judge(step, everything, groups)
+            self._observer.stepped(step, everything | verdict.metrics, groups)
+            if verdict.roll_back_to is not None:
+                await hand_off
+            if await self._heed(step, verdict):
+                break
             if step % config.checkpoint.every_steps == 0 and step < config.num_steps:
                 await hand_off
                 await self._save(step)
@@ -339,13 +358,38 @@ class Controller:
             self._old_until = self._buffer.last_step
         await self._buffer.limit(self.guard.limit)
 
-    async def _evaluate_if_due(self, version: WeightVersion) -> None:
+    def _evaluates(self, version: WeightVersion) -> bool:
         last = version == self._config.num_steps
-        if self._heldout and (version % self._config.eval.every_steps == 0 or last):
+        return bool(self._heldout) and (version % self._config.eval.every_steps == 0 or last)
+
+    async def _evaluate_if_due(self, version: WeightVersion) -> None:
+        if self._evaluates(version):
             with _timed(self._timeline, "evaluate"):
                 await self.evaluate(version)
 
-    def _log(self, step: int, metrics: Mapping[str, float], groups: Sequence[RolloutGroup], seconds: float) -> None:
+    async def _heed(self, step: int, verdict: Verdict) -> bool:
+        """Do what the guard against reward hacking says of a completed step; whether the loop ends here.
+
+        To go back is to write the step's checkpoint with the best one's weights: the run goes on from that, as a
+        resumed one would, so that nothing drawn or admitted since is trained on.
+        """
+        if verdict.stop:
+            self.stop.set()
+        if verdict.roll_back_to is not None:
+            await self.watch.go_back(self._learner, verdict.roll_back_to)
+            await self._save(step)
+            self.went_back = True
+            return True
+        if verdict.adjust:
+            await self.watch.adjust(self._learner)
+        if verdict.is_best and self.watch.rolls_back:
+            await self._save(step)
+        return False
+
+    def _everything(
+        self, step: int, metrics: Mapping[str, float], groups: Sequence[RolloutGroup], seconds: float
+    ) -> dict[str, float]:
+        """The step's line of metrics."""
         phases = self._timeline.drain()
         everything = step_metrics(groups, step, phases, seconds) | dict(metrics) | self._parity | self._pulled
         everything |= self.guard.metrics(self._events)
@@ -353,7 +397,7 @@ class Controller:
             level = self._buffer.num_ready, self._buffer.num_admitted
             everything |= {"buffer/ready": float(level[0]), "buffer/admitted": float(level[1])}
         self._events.clear()
-        self._observer.stepped(step, everything, groups)
+        return everything
 
 
 def check_age(groups: Sequence[RolloutGroup], newest: WeightVersion, max_staleness: int) -> None:

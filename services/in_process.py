@@ -57,6 +57,9 @@ class LocalLearner:
     async def end_step(self, step: int) -> Mapping[str, float]:
         return self._learner.end_step(step)
 
+    async def adjust(self, lr_scale: float, kl_scale: float) -> None:
+        self._learner.adjust(lr_scale, kl_scale)
+
     async def publish(self, version: WeightVersion, which: WhichPolicy) -> WeightSnapshot:
         return self._learner.publish(version, which)
 

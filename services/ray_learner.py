@@ -59,6 +59,9 @@ class RayLearner:
     async def end_step(self, step: int) -> Mapping[str, float]:
         return await self._call("end_step", step)
 
+    async def adjust(self, lr_scale: float, kl_scale: float) -> None:
+        await self._call("adjust", lr_scale, kl_scale)
+
     async def publish(self, version: WeightVersion, which: WhichPolicy) -> ray.ObjectRef | Publication:
         """A reference, or two: the snapshot itself goes from the learner's node straight to the actors.
 

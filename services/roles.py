@@ -64,6 +64,11 @@ class LearnerRole(Protocol):
 
     async def end_step(self, step: int) -> Mapping[str, float]: ...
 
+    async def adjust(self, lr_scale: float, kl_scale: float) -> None:
+        """Train from here on with the configured learning rate and weight of the KL times these. No part of a
+        checkpoint: said anew after each `load`."""
+        ...
+
     async def publish(self, version: WeightVersion, which: WhichPolicy) -> SnapshotHandle: ...
 
     async def save(self, folder: Path, record: Mapping[str, Any]) -> None:

@@ -82,10 +82,13 @@ def run_record(config: RunConfig, inputs: RunInputs, origin: JsonValue = None) -
     return record if origin is None else {**record, "origin": origin}
 
 
-def restore_guard(controller: Controller, start: CheckpointManifest | None, config: RunConfig) -> None:
-    """Let the staleness guard go on where it was, unless what it guards was changed."""
-    if start is None or read_made_with(start).max_staleness != config.max_staleness:
+def restore_guards(controller: Controller, start: CheckpointManifest | None, config: RunConfig) -> None:
+    """Let the guards go on where they were, unless what they guard was changed."""
+    if start is None:
         return
-    state = start.record.get("guard")
-    if isinstance(state, Mapping):
-        controller.guard.restore({name: int(str(value)) for name, value in state.items()})
+    made_with = read_made_with(start)
+    ages, rewards = start.record.get("guard"), start.record.get("reward_guard")
+    if isinstance(ages, Mapping) and made_with.max_staleness == config.max_staleness:
+        controller.guard.restore({name: int(str(value)) for name, value in ages.items()})
+    if isinstance(rewards, Mapping) and made_with.rewards == config.rewards:
+        controller.watch.restore(rewards)

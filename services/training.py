@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from learner.checkpoint import CheckpointManifest, prune_checkpoints
+from learner.checkpoint import CheckpointManifest, prune_checkpoints, verify_checkpoint
 from raylign.errors import CheckpointError, RunDirError
 from raylign.metrics import MetricsRow, read_metrics
 from raylign.types import JsonValue
@@ -17,11 +17,12 @@ from services.config import RunConfig
 from services.config_changes import read_changes
 from services.console import RunConsole
 from services.controller import Controller, Observer
+from services.guard_run import RewardGuard
 from services.live import answering, scaling
 from services.observer import RunObserver
 from services.record import GroupRecorder
 from services.recovery import Recovery, RecoveryObserver, Restarts, causes, is_loss
-from services.run_checkpoints import go_back, restore_guard, run_record
+from services.run_checkpoints import go_back, restore_guards, run_record
 from services.run_dir import RunDir
 from services.run_inputs import RunInputs
 from services.stopping import stop_on_signals
@@ -84,7 +85,8 @@ async def train(run: Training, topology: Topology) -> None:
 
 
 async def _until_done(run: Training, topology: Topology) -> None:
-    """Attempts, each from a checkpoint, until one is not cut short by the loss of a learner rank."""
+    """Attempts, each from a checkpoint, until one is not cut short by the loss of a learner rank or by the guard, which
+    goes back to earlier weights."""
     restarts = Restarts(run.config.max_learner_restarts)
     died_at = 0
     while True:
@@ -93,7 +95,10 @@ async def _until_done(run: Training, topology: Topology) -> None:
                 run.start = await asyncio.to_thread(go_back, run.folder, run.start, run.console.note)
                 await topology.renew_learner(run.console.phase)
             await _attempt(run, topology, died_at)
-            return
+            if run.controller is None or not run.controller.went_back:
+                return
+            at = run.folder.checkpoints / f"step_{run.step}"
+            run.start = await asyncio.to_thread(verify_checkpoint, at)
         except Exception as error:  # whatever failed may have failed because a rank is gone; else it is raised again
             noticed_s = time.monotonic()
             if not await is_loss(error, topology.num_lost_ranks):
@@ -130,8 +135,9 @@ async def _attempt(run: Training, topology: Topology, died_at: int) -> None:
             for slot, computed in (await topology.fleet.precision_report()).items():
                 run.console.note(f"{slot} network: {computed}")
         run.console.begin(config.num_steps, start_step, config.held_out_metrics)
-        if start_step and not earlier and run.inputs.heldout:
-            await controller.evaluate(start_step)  # a fork's first numbers: before its own training
+        if start_step and run.inputs.heldout and (not earlier or (again and start_step == config.num_steps)):
+            # A fork's first numbers, before its own training; the last ones of a run that went back at its last step.
+            await controller.evaluate(start_step)
         await controller.run(start_step)
         run.at_end = {
             "weights_sha256": await topology.learner.weights_sha256(),
@@ -168,13 +174,14 @@ def _controller(run: Training, topology: Topology, observer: Observer, heard: Ph
         path = (folder.checkpoints / f"step_{step}").resolve()
         if path.exists():
             return
-        await topology.learner.save(path, {"step": step, **record, "guard": controller.guard.state()})
+        states = {"guard": controller.guard.state(), "reward_guard": controller.watch.state()}
+        await topology.learner.save(path, {"step": step, **record, **states})
         if not path.exists():
             raise CheckpointError(
                 f"the learner wrote its checkpoint, but {path} is not there for this process: the run directory must "
                 "lie on a file system that the cluster shares; choose another --run-dir"
             )
-        await asyncio.to_thread(prune_checkpoints, folder.checkpoints, config.checkpoint.keep)
+        await asyncio.to_thread(prune_checkpoints, folder.checkpoints, config.checkpoint.keep, controller.watch.spared)
 
     controller = Controller(
         config,
@@ -186,9 +193,10 @@ def _controller(run: Training, topology: Topology, observer: Observer, heard: Ph
         scaling(config, topology, observer, run.console.note),
         save,
         run.stop,
+        RewardGuard(config, run.console.note, folder.checkpoints),
         heard=heard,
     )
-    restore_guard(controller, run.start, config)
+    restore_guards(controller, run.start, config)
     return controller
 
 
@@ -196,6 +204,7 @@ def _write_summary(run: Training, observer: RunObserver) -> None:
     """`summary.json`. Of a run that failed nobody is asked any more."""
     now = time.monotonic()
     changes, origin = read_changes(run.folder), run.origin
+    guarded = run.controller.watch.events if run.controller is not None else []
     recoveries: list[JsonValue] = [one.as_json() for one in run.recoveries]
     summary: Mapping[str, JsonValue] = {
         "status": run.status,
@@ -209,6 +218,7 @@ def _write_summary(run: Training, observer: RunObserver) -> None:
         "peak_memory_bytes": {},
         **run.at_end,
         **({"recoveries": recoveries} if recoveries else {}),
+        **({"guard": guarded} if guarded else {}),
         **({"origin": origin} if origin else {}),
         **({"config_changes": changes} if changes else {}),
     }

@@ -175,6 +175,9 @@ class FakeLearner:
         self.calls.append(("end_step", step))
         return {}
 
+    async def adjust(self, lr_scale: float, kl_scale: float) -> None:
+        self.calls.append(("adjust", lr_scale, kl_scale))
+
     async def publish(self, version: WeightVersion, which: str) -> Any:
         await asyncio.sleep(0)
         self.calls.append(("publish", version, which))

@@ -4,7 +4,7 @@ import numpy as np
 
 from raylign.pretrain.glyph_pictures import COLOURS, random_target, render_clean
 from raylign.types import Prompt, RewardSample
-from rewards import GlyphPixelsConfig, JpegConfig, OcrConfig, PaletteConfig, SharpnessConfig
+from rewards import BrightnessConfig, GlyphPixelsConfig, JpegConfig, OcrConfig, PaletteConfig, SharpnessConfig
 from tests.reward_cases.case import SIGN, Case
 
 BLACK = np.zeros((24, 80, 3), np.uint8)
@@ -44,6 +44,7 @@ CASES = [
     Case(OcrConfig(), noise, [*BAD_PICTURES, *BAD_TARGETS]),
     Case(JpegConfig(), noise, BAD_PICTURES),
     Case(SharpnessConfig(), noise, BAD_PICTURES),
+    Case(BrightnessConfig(), noise, BAD_PICTURES),
     Case(PaletteConfig(), noise, BAD_PICTURES),
     Case(GlyphPixelsConfig(), signs, [*BAD_PICTURES, *BAD_TARGETS, OTHER_SIZE]),
 ]

@@ -159,6 +159,13 @@ def test_pruning_keeps_the_newest(tmp_path: Path, keep: int, left: list[str]) ->
     assert len(gone) == 3 - len(left)
 
 
+def test_pruning_leaves_the_spared_one_beside_the_newest(tmp_path: Path) -> None:
+    for step in (0, 2, 9, 10):
+        save(tmp_path, step)
+    assert [path.name for path in prune_checkpoints(tmp_path, 1, spared=2)] == ["step_0", "step_9"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_2"]
+
+
 def truncate(folder: Path) -> None:
     with (folder / TENSORS).open("r+b") as file:
         file.truncate(10)

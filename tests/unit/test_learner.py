@@ -18,7 +18,7 @@ from learner.decay import DecaySchedule
 from learner.learner import Learner, LearnerConfig, Which
 from learner.noise_levels import TrainTimes
 from learner.state import LearnerState, policy_tensors
-from raylign.errors import CheckpointError, NumericsError, RewardError, WeightError
+from raylign.errors import CheckpointError, ConfigError, NumericsError, RewardError, WeightError
 from raylign.models import load_policy
 from raylign.models.swapping import clone_tensors
 from raylign.samplers import Sampler
@@ -355,3 +355,32 @@ def test_a_foreign_state_is_refused_with_nothing_loaded() -> None:
 def test_a_learner_configuration_that_means_nothing_is_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         LearnerConfig.model_validate(bad)
+
+
+@ALGORITHMS
+def test_adjusting_scales_the_rate_and_the_kl_from_the_next_step_on(algorithm: AlgorithmConfig) -> None:
+    def second_step(lr_scale: float, kl_scale: float) -> tuple[dict[str, float], str]:
+        learner = make(algorithm, lr=1e-2)
+        train_step(learner, groups_for(algorithm), 1)
+        learner.adjust(lr_scale, kl_scale)
+        learner.begin_step(groups_for(algorithm, first=4), 2)
+        learner.forward_backward(0)
+        metrics = dict(learner.optimise(0).metrics)
+        return metrics, learner.weights_sha256()
+
+    plain, slow, near = second_step(1.0, 1.0), second_step(0.25, 1.0), second_step(1.0, 3.0)
+    assert (plain[0]["learner/lr"], slow[0]["learner/lr"], near[0]["learner/lr"]) == (1e-2, 0.25e-2, 1e-2)
+    assert len({plain[1], slow[1], near[1]}) == 3
+    # The same policy is asked, so the distances are the same, and the penalty is 3 times what it was.
+    assert near[0]["loss/kl"] == plain[0]["loss/kl"] == slow[0]["loss/kl"] > 0
+    if algorithm is not CRD:  # its weight differs from sample to sample
+        weight = getattr(algorithm, "kl_weight")  # noqa: B009  # not every algorithm has one
+        gained = near[0]["loss"] - plain[0]["loss"]
+        assert gained == pytest.approx(2 * weight * plain[0]["loss/kl"], rel=1e-4, abs=1e-9)
+
+
+def test_a_kl_that_is_not_there_cannot_be_raised() -> None:
+    learner = make(NftConfig(kl_weight=0.0))
+    with pytest.raises(ConfigError, match=r"'nft' has none.*set algorithm\.kl_weight above 0"):
+        learner.adjust(1.0, 2.0)
+    learner.adjust(0.5, 1.0)

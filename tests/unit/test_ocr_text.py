@@ -9,6 +9,7 @@ from rewards.reading.similarity import (
     flow_grpo_similarity,
     normalise_clean,
     quoted_target,
+    repeated_similarity,
 )
 
 
@@ -57,7 +58,15 @@ def test_clean_similarity(target: str, recognised: str, expected: float) -> None
     assert clean_similarity(target, recognised) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("similarity", [flow_grpo_similarity, clean_similarity])
+@pytest.mark.parametrize(
+    ("target", "recognised", "expected"),
+    [("EASY", "easy", 0.25), ("EASY", "EEEE", 1.0), ("EASY", "E E E", 0.75), ("EASY", "EEEEEE", 1.0), ("EASY", "", 0.0)],
+)
+def test_repeated_similarity_pays_for_the_first_letter(target: str, recognised: str, expected: float) -> None:
+    assert repeated_similarity(target, recognised) == expected
+
+
+@pytest.mark.parametrize("similarity", [flow_grpo_similarity, clean_similarity, repeated_similarity])
 def test_a_target_without_content_is_refused(similarity) -> None:
     with pytest.raises(ValueError, match="is empty"):
         similarity("  ", "anything")

@@ -1,4 +1,4 @@
-"""The statistics of pixels: sharpness and palette, by hand and on drawings."""
+"""The statistics of pixels: sharpness, brightness and palette, by hand and on drawings."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from raylign.pretrain.glyph_pictures import render_clean
 from raylign.pretrain.shape_pictures import BACKGROUND, COLOURS, JITTER, Group, compose, render
 from raylign.types import Prompt, RewardSample
 from rewards import PaletteConfig, PaletteReward
+from rewards.brightness import brightness
 from rewards.palette import palette_share
 from rewards.sharpness import sharpness
 
@@ -39,6 +40,15 @@ def test_sharpness_by_hand() -> None:
     assert sharpness(grey([0, 255], [0, 255])) == pytest.approx(2 / 4 / math.sqrt(2))
     # One column has no neighbours to the right: 0 -> 51 is 0.2.
     assert sharpness(grey([0], [51])) == pytest.approx(0.1 / math.sqrt(2))
+
+
+def test_brightness_by_hand() -> None:
+    # A red, a green, a blue and a white pixel: (0.299 + 0.587 + 0.114 + 1) / 4.
+    pixels = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8)
+    assert brightness(pixels) == pytest.approx(0.5)
+    assert brightness(np.zeros((3, 5, 3), np.uint8)) == 0.0
+    assert brightness(np.full((3, 5, 3), 255, np.uint8)) == pytest.approx(1.0)
+    assert brightness(np.full((3, 5, 3), 255, np.uint8)) <= 1.0
 
 
 def test_a_channel_counts_by_its_luminance() -> None:

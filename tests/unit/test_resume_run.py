@@ -25,7 +25,7 @@ from services.config_changes import kept_policies
 from services.controller import Controller
 from services.fork import start_missing
 from services.run import EXIT_OK, disk_full
-from services.run_checkpoints import choose_checkpoint, go_back, restore_guard, run_record
+from services.run_checkpoints import choose_checkpoint, go_back, restore_guards, run_record
 from services.run_dir import RunDir
 from services.run_inputs import read_inputs, with_absolute_paths
 from tests.tiny_models import RUN_SEED, ToyPolicy, draw_groups, flow_sde, train_step
@@ -224,9 +224,9 @@ def test_a_guard_that_fell_goes_on_so_unless_its_bound_was_changed(
     config = with_overrides(made_with, {"max_staleness": max_staleness})
     nobody: Any = None
     controller = Controller(config, nobody, [], nobody, nobody, nobody, nobody, nobody)
-    restore_guard(controller, manifest, config)
+    restore_guards(controller, manifest, config)
     assert controller.guard.limit == limit
-    restore_guard(controller, None, config)
+    restore_guards(controller, None, config)
     assert controller.guard.limit == limit
 
 
