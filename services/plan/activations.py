@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 
 from raylign.assets import resolve
 from raylign.models.adapters import attach_lora
@@ -59,7 +60,7 @@ def kept_activations(model: Any, sizes: ModelSizes, precision: Precision, rows: 
         attach_lora(network, model.lora, targets, 0)
     network.to(DTYPES[precision])
     blocks = _Blocks(network)
-    with blocks.watched():
+    with blocks.watched(), _FusedAttention():
         ask()
     return Kept(rows, blocks.total, blocks.recomputed, max(blocks.by_block, default=blocks.total), told)
 
@@ -116,6 +117,32 @@ class _Blocks:
             else:
                 self.by_block[self._inside] += storage.nbytes()
         return tensor
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention that keeps what every fused kernel keeps; the meta device's own would keep its weights, L x L."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            return _Attention.apply(given["query"], given["key"], given["value"])
+        return func(*args, **(kwargs or {}))
+
+
+class _Attention(torch.autograd.Function):
+    """Query, key, value, output, and one number per query to normalise its weights anew; never computed."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError("activations are counted, nothing is trained on them")
 
 
 def _storage_id(tensor: torch.Tensor) -> int:
