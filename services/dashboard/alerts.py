@@ -162,6 +162,19 @@ def failures(columns: Columns, facts: Facts) -> list[Alert]:
     return found
 
 
+def guard(columns: Columns, facts: Facts) -> list[Alert]:
+    """The run's own hacking guard tripped; what it did stands in its metrics."""
+    tripped = columns.tail("guard/tripped", 1)
+    if not tripped or not tripped[0]:
+        return []
+    did = [name.removeprefix("guard/did_") for name in columns.values if name.startswith("guard/did_")]
+    done = [action.replace("_", " ") for action in did if any(columns.tail(f"guard/did_{action}", len(columns.steps)))]
+    text = f"{tripped[0]:g} of its signals are out of bounds." + (
+        f" It did: {', '.join(sorted(done))}." if done else ""
+    )
+    return [Alert("guard", "bad", "The hacking guard tripped", text, columns.steps[-1])]
+
+
 def unrecorded(columns: Columns, facts: Facts) -> list[Alert]:
     """The record of groups could not keep up."""
     skipped = columns.tail("record/skipped_steps", len(columns.steps))
@@ -179,6 +192,7 @@ RULES: Sequence[Callable[[Columns, Facts], list[Alert]]] = (
     clip_fraction,
     parity,
     failures,
+    guard,
     unrecorded,
 )
 

@@ -52,3 +52,12 @@ def test_errors_of_an_installed_command_have_no_traceback(installed: Path, tmp_p
     assert done.returncode == 1
     assert "did you mean `num_steps`" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_wheel_carries_the_dashboard_page(installed: Path, tmp_path: Path) -> None:
+    page = ROOT / "services" / "dashboard" / "static"
+    there = installed / "services" / "dashboard" / "static"
+    assert {path.name for path in there.iterdir()} == {path.name for path in page.iterdir()}
+    done = _raylign(["dashboard", "no_such_folder"], installed, tmp_path)
+    assert done.returncode == 1
+    assert "no folder no_such_folder" in done.stderr

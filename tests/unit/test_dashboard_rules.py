@@ -114,6 +114,12 @@ def test_failures_are_a_share_of_the_samples() -> None:
     assert found_alert(columns(record__skipped_steps=[2.0, 3.0])).kind == "record"
 
 
+def test_the_guard_says_what_it_did() -> None:
+    assert kinds(columns(guard__tripped=[1.0, 0.0])) == []
+    alert = found_alert(columns(guard__tripped=[0.0, 2.0], guard__did_lower_lr=[None, 1.0], guard__did_stop=[0.0, 0.0]))
+    assert alert.text == "2 of its signals are out of bounds. It did: lower lr."
+
+
 def test_the_worst_comes_first() -> None:
     found = columns(eval__diversity=[0.2, 0.09], ratio__clip_fraction=[0.9, 0.9])
     assert kinds(found) == ["clip", "diversity"]

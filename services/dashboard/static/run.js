@@ -181,7 +181,7 @@ function learning(data) {
 }
 
 function hacking(data) {
-  const found = data.alerts.find((one) => one.kind === "hacking");
+  const found = data.alerts.find((one) => one.kind === "hacking" || one.kind === "guard");
   const diversity = data.heldout.find((one) => one.name === "diversity");
   const collapse = data.alerts.some((one) => one.kind === "diversity");
   const told = diversity && diversity.last !== null ? `diversity ${reward(diversity.last)}, was ${reward(diversity.first)}` : "";
