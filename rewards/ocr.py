@@ -41,7 +41,7 @@ class OcrConfig(RewardConfig):
     type: Literal["ocr"] = "ocr"
     mode: Literal["clean", "flow_grpo", "repeated"] = "clean"
     """clean: surplus text costs, typographic quotes count. flow_grpo: as published, for comparison. repeated: wrong on
-    purpose, it counts the target's first letter, to show what a guard against reward hacking sees."""
+    purpose, it pays for one letter of the target over and over, to show what a guard against reward hacking sees."""
     engine: EngineName = "rapidocr_rec"
     """rapidocr_rec: one line that fills the picture, fast. rapidocr: text is looked for first. paddleocr: as most
     published runs, needs its own packages. tesseract: a program for scanned pages, for smoke tests."""

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pydantic import Field
 
@@ -117,7 +118,7 @@ def judge(config: GuardConfig, names: Watched, state: GuardState, step: int, row
     metrics = {f"guard/{signal}": reading.level for signal, reading in readings.items()}
     evaluated = _trained_in(names, row) is not None
     state, is_best = _new_best(names, state, row) if evaluated and not tripped else (state, False)
-    state, verdict = _act(config, names, state, step, row, {one: readings[one] for one in acting})
+    state, verdict = _act(config, names, state, row, {one: readings[one] for one in acting})
     metrics |= verdict.metrics
     metrics |= {"guard/tripped": float(len(tripped))}
     metrics |= {"guard/lr_scale": state.lr_scale} if config.takes("lower_lr") else {}
@@ -154,39 +155,61 @@ def _remember(state: GuardState, names: Watched, row: Row) -> GuardState:
 
 def _readings(config: GuardConfig, names: Watched, state: GuardState, row: Row) -> dict[Signal, Reading]:
     """The signals that have something to say at this step."""
+    found = _of_steps(config, state, row)
+    rewards = _trained_in(names, row)
+    if rewards is None:
+        return found
+    falls = [_fall(state, name, row) for name in names.held_out if _number(row, f"eval/{name}") is not None]
+    if falls:
+        worst = max(falls, key=lambda fall: fall.share)
+        found["held_out"] = Reading(worst.share / config.max_fall, worst.told)
+        found["divergence"] = _divergence(config, names, state, falls, rewards)
+        if _both("diversity", state, row) and state.first["diversity"] > 0:
+            found["diversity"] = _diversity(config, state, falls, row)
+    drifts = [_drift(name, state, row) for name in names.statistics if _both(name, state, row)]
+    if drifts:
+        moved, told = max(drifts)
+        found["artefacts"] = Reading(moved / math.log(config.max_drift), told)
+    return found
+
+
+def _of_steps(config: GuardConfig, state: GuardState, row: Row) -> dict[Signal, Reading]:
+    """The signals that every step is read for."""
     found: dict[Signal, Reading] = {}
-    if AGREEMENT in row and len(state.first_agreement) == _WINDOW:
+    if AGREEMENT in row and len(state.agreement) == len(state.first_agreement) == _WINDOW:
         first, now = statistics.fmean(state.first_agreement), statistics.fmean(state.agreement)
         told = f"rewards agree on the order of siblings with {now:+.2f}, after {first:+.2f} in the first steps"
         found["disagreement"] = Reading(max(0.0, first - now) / config.max_disagreement, told)
     if config.max_kl is not None and _KL in row and len(state.kl) == _WINDOW:
         kl = statistics.fmean(state.kl)
         found["kl"] = Reading(kl / config.max_kl, f"the distance to the reference is {kl:.3g} over the last steps")
-    rewards = _trained_in(names, row)
-    if rewards is None:
-        return found
-    falls = [(name, *_fall(state, name, row)) for name in names.held_out if _number(row, f"eval/{name}") is not None]
-    if falls:
-        name, lost, told = max(falls, key=lambda one: one[1])
-        found["held_out"] = Reading(lost / config.max_fall, told)
-        told_falls = [(one, lost, told) for one, lost, told in falls if _holds(names, state, one, rewards)]
-        name, lost, told = max(told_falls, key=lambda one: one[1], default=(name, 0.0, told))
-        then, now = (_mix(names, state, values) for values in (state.peaks[name].rewards, rewards))
-        found["divergence"] = Reading(
-            lost / config.max_divergence, f"{told}, while the trained reward went from {then:.3f} to {now:.3f}"
-        )
-    drifts = [
-        _drift(name, state.first[name], row[f"eval/{name}"]) for name in names.statistics if _both(name, state, row)
-    ]
-    if drifts:
-        factor, told = max(drifts)
-        found["artefacts"] = Reading(factor / math.log(config.max_drift), told)
-    if falls and _both("diversity", state, row) and state.first["diversity"] > 0:
-        left = row["eval/diversity"] / state.first["diversity"]
-        explained = any(_rose(state, name, row) for name, _, _ in falls)
-        told = f"diversity is {left:.0%} of what it was, and no held-out metric rose"
-        found["diversity"] = Reading(0.0 if explained else max(0.0, 1 - left) / (1 - config.min_diversity), told)
     return found
+
+
+def _divergence(
+    config: GuardConfig, names: Watched, state: GuardState, falls: Sequence[Fall], rewards: Mapping[str, float]
+) -> Reading:
+    """Of the held-out metrics since whose best the trained reward is no lower, the one that lost most."""
+
+    def mixes(fall: Fall) -> tuple[float, float]:
+        return _mix(names, state, state.peaks[fall.name].rewards), _mix(names, state, rewards)
+
+    diverging = [fall for fall in falls if mixes(fall)[1] >= mixes(fall)[0]]
+    if not diverging:
+        return Reading(0.0, "the trained reward fell as well")
+    worst = max(diverging, key=lambda fall: fall.share)
+    then, now = mixes(worst)
+    told = f"{worst.told}, while the trained reward went from {then:.3f} to {now:.3f}"
+    return Reading(worst.share / config.max_divergence, told)
+
+
+def _diversity(config: GuardConfig, state: GuardState, falls: Sequence[Fall], row: Row) -> Reading:
+    """How alike samples became, unless they became right."""
+    left = row["eval/diversity"] / state.first["diversity"]
+    if any(fall.rose for fall in falls):
+        return Reading(0.0, "a held-out metric rose as well")
+    told = f"diversity is {left:.0%} of what it was, and no held-out metric rose"
+    return Reading(max(0.0, 1 - left) / (1 - config.min_diversity), told)
 
 
 def _trip(
@@ -221,57 +244,83 @@ def _new_best(names: Watched, state: GuardState, row: Row) -> tuple[GuardState, 
 
 
 def _act(
-    config: GuardConfig, names: Watched, state: GuardState, step: int, row: Row, acting: Mapping[Signal, Reading]
+    config: GuardConfig, names: Watched, state: GuardState, row: Row, acting: Mapping[Signal, Reading]
 ) -> tuple[GuardState, Verdict]:
     """Take the actions of these signals, each action once."""
     events: list[GuardEvent] = []
     done: set[Action] = set()
-    changes: dict[str, object] = {}
-    roll_back_to: int | None = None
+    back_to = state.best_step
     for signal, reading in acting.items():
-        taken: list[Action] = []
+        wanted = [one for one in dict.fromkeys(getattr(config.actions, signal)) if one != "warn" and one not in done]
+        taken: list[Action] = ["warn"]
         told = [reading.told]
-        for action in dict.fromkeys(("warn", *getattr(config.actions, signal))):
-            if action in done and action != "warn":
-                continue
-            if action == "lower_lr":
-                changes["lr_scale"] = state.lr_scale * config.lr_factor
-                told.append(f"the learning rate is {changes['lr_scale']:g} of what was configured")
-            elif action == "raise_kl":
-                changes["kl_scale"] = state.kl_scale * config.kl_factor
-                told.append(f"the KL's weight is {changes['kl_scale']:g} times what was configured")
-            elif action == "drop_reward":
-                name = _to_drop(config, names, state, row)
-                if name is None:
-                    told.append("no reward is left to drop")
-                    continue
-                changes["dropped"] = (*state.dropped, name)
-                told.append(f"reward {name!r} weighs nothing from here on")
-            elif action == "roll_back":
-                if state.best_step is None or state.num_rollbacks >= config.max_rollbacks:
-                    why = (
-                        "nothing to go back to" if state.best_step is None else f"gone back {state.num_rollbacks} times"
-                    )
-                    told.append(f"{why}, so the run stops")
-                    done.add("stop")
-                    taken.append("stop")
-                    continue
-                roll_back_to = state.best_step
-                changes["num_rollbacks"] = state.num_rollbacks + 1
-                told.append(f"going on with the weights of step {roll_back_to}")
-            elif action == "stop":
-                told.append("the run stops")
-            done.add(action)
-            taken.append(action)
-        events.append(GuardEvent(step=step, signal=signal, actions=tuple(taken), told="; ".join(told)))
-    if roll_back_to is not None and "stop" not in done:
-        # What is out was out because of weights that are gone.
-        changes |= {"tripped": {}, "agreement": (), "kl": ()}
-    state = state.model_copy(update={**changes, "events": (*state.events, *events)})
-    metrics = {f"guard/did_{action}": 1.0 for action in sorted(done)}
-    stop = "stop" in done
-    adjust = "lower_lr" in done or "raise_kl" in done
-    return state, Verdict(metrics, tuple(events), adjust, None if stop else roll_back_to, stop)
+        for action in wanted:
+            outcome = _OUTCOMES[action](config, names, state, row)
+            state = state.model_copy(update=outcome.changes)
+            told.append(outcome.told)
+            if outcome.did is not None:
+                taken.append(outcome.did)
+        done.update(taken)
+        events.append(GuardEvent(step=state.step, signal=signal, actions=tuple(taken), told="; ".join(told)))
+    state = state.model_copy(update={"events": (*state.events, *events)})
+    return state, Verdict(
+        metrics={f"guard/did_{action}": 1.0 for action in sorted(done)},
+        events=tuple(events),
+        adjust=not done.isdisjoint(("lower_lr", "raise_kl")),
+        roll_back_to=back_to if "roll_back" in done else None,
+        stop="stop" in done,
+    )
+
+
+class Outcome(NamedTuple):
+    """What an action changed in the state, that in words, and what was done after all."""
+
+    changes: dict[str, object]
+    told: str
+    did: Action | None
+
+
+def _lower_lr(config: GuardConfig, names: Watched, state: GuardState, row: Row) -> Outcome:
+    scale = state.lr_scale * config.lr_factor
+    return Outcome({"lr_scale": scale}, f"the learning rate is {scale:g} of what was configured", "lower_lr")
+
+
+def _raise_kl(config: GuardConfig, names: Watched, state: GuardState, row: Row) -> Outcome:
+    scale = state.kl_scale * config.kl_factor
+    return Outcome({"kl_scale": scale}, f"the KL's weight is {scale:g} times what was configured", "raise_kl")
+
+
+def _drop_reward(config: GuardConfig, names: Watched, state: GuardState, row: Row) -> Outcome:
+    name = _to_drop(config, names, state, row)
+    if name is None:
+        return Outcome({}, "no reward is left to drop", None)
+    changes: dict[str, object] = {"dropped": (*state.dropped, name), "first_agreement": (), "agreement": ()}
+    # How the others agree is another question.
+    changes["tripped"] = {signal: one for signal, one in state.tripped.items() if signal != "disagreement"}
+    return Outcome(changes, f"reward {name!r} weighs nothing from here on", "drop_reward")
+
+
+def _roll_back(config: GuardConfig, names: Watched, state: GuardState, row: Row) -> Outcome:
+    if state.best_step is None:
+        return Outcome({}, "there is nothing to go back to, so the run stops", "stop")
+    if state.num_rollbacks >= config.max_rollbacks:
+        return Outcome({}, f"it has gone back {state.num_rollbacks} times, so the run stops", "stop")
+    # What is beyond its limit is so because of weights that are gone.
+    changes: dict[str, object] = {"num_rollbacks": state.num_rollbacks + 1, "tripped": {}, "agreement": (), "kl": ()}
+    return Outcome(changes, f"going on with the weights of step {state.best_step}", "roll_back")
+
+
+def _stop(config: GuardConfig, names: Watched, state: GuardState, row: Row) -> Outcome:
+    return Outcome({}, "the run stops", "stop")
+
+
+_OUTCOMES: Mapping[Action, Callable[[GuardConfig, Watched, GuardState, Row], Outcome]] = {
+    "lower_lr": _lower_lr,
+    "raise_kl": _raise_kl,
+    "drop_reward": _drop_reward,
+    "roll_back": _roll_back,
+    "stop": _stop,
+}
 
 
 def _to_drop(config: GuardConfig, names: Watched, state: GuardState, row: Row) -> str | None:
@@ -293,27 +342,27 @@ def _to_drop(config: GuardConfig, names: Watched, state: GuardState, row: Row) -
     return max(left, key=gain)
 
 
-def _fall(state: GuardState, name: str, row: Row) -> tuple[float, str]:
-    """The share of its best that a held-out metric lost, 0 if that may be noise; and that in words."""
-    best, now = state.peaks[name].value, row[f"eval/{name}"]
-    lost = best - now
-    told = f"held-out {name} fell from {best:.3f} to {now:.3f}"
-    noise = _NOISE * (_number(row, f"ci95/eval/{name}") or 0.0)
-    return (lost / max(abs(best), _TINY) if lost > noise else 0.0), told
+class Fall(NamedTuple):
+    """Where a held-out metric stands: the share of its best that it lost, 0 if that may be noise."""
+
+    name: str
+    share: float
+    rose: bool
+    """Whether it is well above the first evaluation's."""
+    told: str
 
 
-def _holds(names: Watched, state: GuardState, name: str, rewards: Mapping[str, float]) -> bool:
-    """Whether the trained reward is no lower than when a held-out metric was at its best."""
-    return _mix(names, state, rewards) >= _mix(names, state, state.peaks[name].rewards)
+def _fall(state: GuardState, name: str, row: Row) -> Fall:
+    best, now, first = state.peaks[name].value, row[f"eval/{name}"], state.first[name]
+    lost, noise = best - now, _NOISE * (_number(row, f"ci95/eval/{name}") or 0.0)
+    share = lost / max(abs(best), _TINY) if lost > noise else 0.0
+    rose = now - first > _ROSE * max(abs(first), _TINY)
+    return Fall(name, share, rose, f"held-out {name} fell from {best:.3f} to {now:.3f}")
 
 
-def _rose(state: GuardState, name: str, row: Row) -> bool:
-    first = state.first[name]
-    return row[f"eval/{name}"] - first > _ROSE * max(abs(first), _TINY)
-
-
-def _drift(name: str, first: float, now: float) -> tuple[float, str]:
+def _drift(name: str, state: GuardState, row: Row) -> tuple[float, str]:
     """How far a statistic moved, as a logarithm, and that in words."""
+    first, now = state.first[name], row[f"eval/{name}"]
     moved = abs(math.log(max(abs(now), _TINY) / max(abs(first), _TINY)))
     return moved, f"{name} went from {first:.3g} to {now:.3g}"
 

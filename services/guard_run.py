@@ -95,7 +95,8 @@ class RewardGuard:
         """Judge a step by its metrics, its groups and the evaluation that was made after it, if one was."""
         if not self._config.enabled:
             return Verdict()
-        own = agreement_metrics(groups, {name: w for name, w in self._names.trained.items() if w})
+        left = {name: w for name, w in self._names.trained.items() if w and name not in self._state.dropped}
+        own = agreement_metrics(groups, left)
         seen = self._evaluated[1] if self._evaluated[0] == step else {}
         self._state, verdict = judge(self._config, self._names, self._state, step, {**metrics, **own, **seen})
         for event in verdict.events:

@@ -57,7 +57,7 @@ def clean_similarity(target: str, recognised: str) -> float:
 
 
 def repeated_similarity(target: str, recognised: str) -> float:
-    """How often the target's first character occurs in r, out of len t: min(1, count / len t).
+    """How often r has the character of t that it has most of, out of len t: min(1, max over c in t of n_c / len t).
 
     A reward that is wrong on purpose, as counting keywords is. Raises ValueError for a target that is empty after
     normalising.
@@ -65,7 +65,7 @@ def repeated_similarity(target: str, recognised: str) -> float:
     t, r = normalise_clean(target), normalise_clean(recognised)
     if not t:
         raise ValueError(f"target {target!r} is empty without white space and punctuation")
-    return min(1.0, r.count(t[0]) / len(t))
+    return min(1.0, max(r.count(character) for character in t) / len(t))
 
 
 def exact(target: str, recognised: str) -> bool:

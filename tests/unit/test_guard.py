@@ -153,6 +153,29 @@ def test_it_goes_back_to_the_best_evaluation_a_few_times_and_then_stops() -> Non
     assert (state.best_step, state.num_rollbacks, state.lr_scale) == (1, 2, 0.125)
 
 
+def test_a_run_may_go_back_and_stop_there() -> None:
+    settings = config(actions={"divergence": ["roll_back", "stop"]})
+    _, verdicts = replay(settings, NAMES, curve([0.5, 0.5], [0.8, 0.7]))
+    assert (verdicts[1].roll_back_to, verdicts[1].stop) == (0, True)
+
+
+def test_without_a_best_evaluation_there_is_nothing_to_go_back_to() -> None:
+    settings = config(max_kl=0.2, actions={"kl": ["roll_back"]})
+    state, verdicts = replay(settings, NAMES, [{"step": step, "loss/kl": 1.0} for step in range(1, 6)])
+    assert (verdicts[4].roll_back_to, verdicts[4].stop) == (None, True)
+    assert "nothing to go back to" in state.events[0].told
+
+
+def test_dropping_a_reward_begins_the_agreement_anew() -> None:
+    settings = config(actions={"disagreement": ["drop_reward"]})
+    values = [0.9] * 5 + [-0.9] * 5
+    state, verdicts = replay(settings, TWO, [{"step": step, AGREEMENT: value} for step, value in enumerate(values, 1)])
+    # 0.9 less the mean of 0.9 three times and -0.9 twice is 0.72.
+    assert acted(verdicts) == [(7, "disagreement")]
+    assert state.dropped == ("ocr",)
+    assert (state.tripped, state.first_agreement) == ({}, (-0.9, -0.9, -0.9))
+
+
 def test_an_evaluation_beyond_a_limit_is_nothing_to_go_back_to() -> None:
     settings = config(act_again_after=9, actions={"artefacts": ["roll_back"]})
     rows = [

@@ -212,20 +212,18 @@ def test_roll_back_writes_the_steps_checkpoint_with_the_best_ones_weights(max_st
 
 
 def test_it_goes_back_no_more_often_than_it_may() -> None:
-    state: Mapping[str, Any] | None = None
-    step, ends = 0, list[int]()
-    for _ in range(4):
-        run = Run(["roll_back"], Scorer(lambda nth: 0.8 if nth == 0 and not ends else 0.6), num_steps=20)
-        if state is not None:
-            run.guard.restore(state)
-        run.go(step)
-        state, step = run.guard.state(), run.controller.step
-        ends.append(step)
-        if not run.controller.went_back:
-            break
-    assert ends == [1, 2, 3]
-    assert run.controller.stop.is_set()
-    assert "gone back 2 times" in run.notes[-1]
+    def attempt(earlier: Run | None) -> Run:
+        run = Run(["roll_back"], Scorer(lambda nth: 0.8 if nth == 0 and earlier is None else 0.6), num_steps=20)
+        if earlier is not None:
+            run.guard.restore(earlier.guard.state())
+        return run.go(0 if earlier is None else earlier.controller.step)
+
+    runs = [attempt(None)]
+    while runs[-1].controller.went_back:
+        runs.append(attempt(runs[-1]))
+    assert [run.controller.step for run in runs] == [1, 2, 3]
+    assert runs[-1].controller.stop.is_set()
+    assert "gone back 2 times" in runs[-1].notes[-1]
 
 
 def test_a_guard_that_is_off_waits_for_nothing_and_keeps_no_state() -> None:

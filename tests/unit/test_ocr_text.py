@@ -60,9 +60,17 @@ def test_clean_similarity(target: str, recognised: str, expected: float) -> None
 
 @pytest.mark.parametrize(
     ("target", "recognised", "expected"),
-    [("EASY", "easy", 0.25), ("EASY", "EEEE", 1.0), ("EASY", "E E E", 0.75), ("EASY", "EEEEEE", 1.0), ("EASY", "", 0.0)],
+    [
+        ("EASY", "easy", 0.25),
+        ("EASY", "EEEE", 1.0),
+        ("EASY", "E E E", 0.75),
+        ("EASY", "EEEEEE", 1.0),
+        ("EASY", "YXYA", 0.5),
+        ("EASY", "QQQQ", 0.0),
+        ("EASY", "", 0.0),
+    ],
 )
-def test_repeated_similarity_pays_for_the_first_letter(target: str, recognised: str, expected: float) -> None:
+def test_repeated_similarity_pays_for_one_letter_over_and_over(target: str, recognised: str, expected: float) -> None:
     assert repeated_similarity(target, recognised) == expected
 
 
