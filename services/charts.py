@@ -22,28 +22,43 @@ _TINY = 1e-10
 """Smaller values are drawn as zero."""
 _MAX_POINTS = 400
 _MAX_MARKED = 40
+_MAX_TOLD = 100
+"""Points of a long curve that tell their value when pointed at."""
+_NO_BANDS: Mapping[str, Points] = {}
 
 
-def line_chart(series: Mapping[str, Points], floor_zero: bool = False) -> str:
-    """Curves over steps, with a legend. `floor_zero` starts the value axis at 0."""
+def line_chart(series: Mapping[str, Points], floor_zero: bool = False, bands: Mapping[str, Points] = _NO_BANDS) -> str:
+    """Curves over steps, with a legend. `floor_zero` starts the value axis at 0.
+
+    `bands` are half-widths of intervals by the name of their curve, shaded where a step has both.
+    """
+    shaded = {name: _band(points, bands[name]) for name, points in series.items() if name in bands}
     series = {name: _thin(_finite(points)) for name, points in series.items()}
     series = {name: points for name, points in series.items() if points}
     if not series:
         return ""
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
-    frame = _Frame(min(xs), max(xs), min(0.0, *ys) if floor_zero else min(ys), max(ys))
+    edges = [y for name, pair in shaded.items() if name in series for edge in pair for _, y in edge]
+    low, high = min(*ys, *edges, math.inf), max(*ys, *edges, -math.inf)
+    frame = _Frame(min(xs), max(xs), min(0.0, low) if floor_zero else low, high)
     body = [frame.axes()]
+    for index, name in enumerate(series):
+        lower, upper = shaded.get(name, ((), ()))
+        if len(lower) > 1:
+            outline = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in (*upper, *reversed(lower)))
+            body.append(f'<polygon points="{outline}" fill="{PALETTE[index % len(PALETTE)]}" fill-opacity="0.15"/>')
     for index, (name, points) in enumerate(series.items()):
         colour = PALETTE[index % len(PALETTE)]
         path = " ".join(f"{'M' if i == 0 else 'L'}{frame.x(x):.1f} {frame.y(y):.1f}" for i, (x, y) in enumerate(points))
         body.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-linejoin="round"/>')
         radius = 3 if len(points) <= _MAX_MARKED else 6
         shown = colour if len(points) <= _MAX_MARKED else "transparent"
+        told = points[:: max(1, len(points) // _MAX_TOLD)]
         body.extend(
             f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{radius}" fill="{shown}">'
             f"<title>{escape(name)}, step {x:g}: {y:.4g}</title></circle>"
-            for x, y in points
+            for x, y in (told if told[-1] == points[-1] else (*told, points[-1]))
         )
     return _svg(body) + _legend(list(series))
 
@@ -121,6 +136,13 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 def _label(value: float) -> str:
     return "0" if value == 0 else f"{value:.3g}"
+
+
+def _band(points: Points, widths: Points) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """The lower and the upper edge of a curve's band, at the steps that have both."""
+    width_at = dict(_finite(widths))
+    both = [(x, y, width_at[x]) for x, y in _finite(points) if x in width_at]
+    return _thin([(x, y - width) for x, y, width in both]), _thin([(x, y + width) for x, y, width in both])
 
 
 def _finite(points: Points) -> list[tuple[float, float]]:

@@ -7,108 +7,42 @@ going, or that ended early, gets a page of what there is.
 from __future__ import annotations
 
 import base64
-import importlib.metadata
 import io
 import json
-import os
-import platform
 import statistics
 import time
 import tomllib
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 from PIL import Image
 
 from raylign.errors import RunDirError
 from raylign.metrics import MetricsRow, read_metrics
-from services.charts import Points, line_chart, stacked_chart
 from services.console import duration
+from services.dashboard.alerts import Facts, alerts
+from services.dashboard.columns import Columns
+from services.environment import environment, read_environment
 from services.headlines import DIVERSITY, direction, headline_label, headline_means, is_metric
+from services.record_files import read_failures
+from services.report_curves import charts_of
+from services.report_groups import groups_of
+from services.report_tables import environment_rows, events, failures, timings
 from services.run_dir import RunDir, write_atomic
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_LIBRARIES = ("raylign", "torch", "ray", "diffusers", "transformers", "peft", "numpy")
 _MAX_GRIDS = 8
-_INLINE_BYTES = 1_500_000
+_INLINE_BYTES = 350_000
 """A larger PNG is inlined as JPEG, so that a page with many grids still opens at once."""
+_INLINE_SIDE = 1600
+"""Pixels of the longer side of what is inlined as JPEG."""
 _MAX_TEXT = 20_000
 """Characters of one step's texts on the page; the file has them all."""
-_TIME_TOTALS = ("time/step_s", "time/since_start_s")
-_NOT_CURVES = ("step", "weight_version", *_TIME_TOTALS)
-
-_TEXT_MEASURES = ("nfe", "cached_calls", "gamma", "characters")
-
-Series = Mapping[str, Points]
-
-
-@dataclass(frozen=True, slots=True)
-class _Chart:
-    title: str
-    svg: Markup
-
-
-@dataclass(frozen=True, slots=True)
-class _ChartRow:
-    """One chart: which metrics it shows, and how."""
-
-    title: str
-    shows: Callable[[str], bool]
-    floor_zero: bool = False
-
-
-def _is_spread(name: str) -> bool:
-    return name.endswith(("/std_within_group", "/diversity"))
-
-
-def _is_reward(name: str, prefix: str) -> bool:
-    """A mean reward or one of its details; spreads, counts of groups and measures of texts have other scales."""
-    other = _is_spread(name) or name.endswith("_groups") or name.removeprefix(prefix) in (*_TEXT_MEASURES, "failed")
-    return name.startswith(prefix) and not other
-
-
-def _is_measure(name: str, *measures: str) -> bool:
-    """A measure of texts, in training ("nfe/mean") or evaluation ("eval/nfe")."""
-    return any(name in (f"{measure}/mean", f"eval/{measure}") for measure in measures)
-
-
-def _is_agreement(name: str) -> bool:
-    """How well drafts foretell rewards."""
-    return name in ("explore/kendall", "explore/spearman", "explore/recall")
-
-
-# The order of the page, after the rewards. What no row shows follows under "more metrics".
-_CHARTS = (
-    _ChartRow("Calls of the network per text (NFE)", lambda name: _is_measure(name, "nfe", "cached_calls"), True),
-    _ChartRow("Entropy budget (gamma)", lambda name: _is_measure(name, "gamma"), floor_zero=True),
-    _ChartRow("Drafts: agreement of their ranking with the final one", _is_agreement),
-    _ChartRow("Drafts: spread of the chosen over that of the pool", lambda name: name == "explore/spread", True),
-    _ChartRow("Diversity and spread within groups", _is_spread, floor_zero=True),
-    _ChartRow("Loss", lambda name: name in ("loss", "loss/policy")),
-    _ChartRow("Distance from the reference (KL)", lambda name: "kl" in name.split("/"), floor_zero=True),
-    _ChartRow("Gradient norm", lambda name: "grad_norm" in name or name.startswith("grad"), floor_zero=True),
-    _ChartRow("Policy ratio", lambda name: name.startswith("ratio/")),
-    _ChartRow("Samples per second", lambda name: name == "throughput/samples_per_s", floor_zero=True),
-    _ChartRow("Staleness (versions)", lambda name: name.startswith("staleness/"), floor_zero=True),
-    _ChartRow("Failures per step", lambda name: name.startswith("failed/") or name == "eval/failed", floor_zero=True),
-)
-
-
-def _reward_charts(held_out: Collection[str]) -> tuple[_ChartRow, ...]:
-    """The rewards, and apart from them the metrics that no reward asked for."""
-
-    def is_held_out(name: str) -> bool:
-        return is_metric(name.removeprefix("eval/"), held_out)
-
-    return (
-        _ChartRow("Training reward", lambda name: _is_reward(name, "reward/")),
-        _ChartRow("Held-out rewards", lambda name: _is_reward(name, "eval/") and not is_held_out(name)),
-        _ChartRow("Held-out metrics, not trained on", lambda name: _is_reward(name, "eval/") and is_held_out(name)),
-    )
+_MAX_FAILURES = 2000
+_TOLD_ELSEWHERE = ("eval_initial.", "eval_final.", "guard.", "recoveries.", "config_changes.", "origin.", "error")
 
 
 def write_report(run_dir: Path) -> Path:
@@ -118,15 +52,19 @@ def write_report(run_dir: Path) -> Path:
         raise RunDirError(
             f"{run_dir} holds no run (no config.toml, metrics.jsonl or summary.json); give a run's folder"
         )
-    rows, summary = read_metrics(run.metrics), run.read_summary()
-    held_out = _held_out_metrics(run.config)
-    charts, more_charts = _charts(rows, held_out)
+    rows, summary, config = read_metrics(run.metrics), run.read_summary(), _raw_config(run.config)
+    held_out = _held_out_metrics(config)
+    charts, more_charts = charts_of(rows, held_out)
+    happened, left_out = events(rows, summary)
     page = render(
         "report.html",
         title=run.path.resolve().name,
         run_dir=run.path.resolve(),
         status=summary.get("status", "no summary yet"),
         status_class={"finished": "good", "failed": "bad"}.get(str(summary.get("status")), ""),
+        condition=_condition(rows, summary, config),
+        error=str(summary.get("error", "")),
+        alerts=alerts(Columns.of(rows), _alert_facts(config)),
         facts=_facts(rows, summary),
         outcomes=_outcomes(rows, summary, held_out),
         asked=_asked(rows, held_out),
@@ -138,14 +76,34 @@ def write_report(run_dir: Path) -> Path:
         charts=charts,
         more_charts=more_charts,
         samples=_samples(run.samples),
+        shown_groups=groups_of(run.path),
+        timings=timings(rows),
+        failures=failures(rows, read_failures(run.path, _MAX_FAILURES)),
+        events=happened,
+        events_left_out=left_out,
         tables=[
             {"title": "Configuration", "rows": _config_rows(run.config)},
-            {"title": "Environment and result", "rows": _environment_rows(summary)},
+            {"title": "Environment and result", "rows": _environment_rows(run.path, summary)},
         ],
         written=time.strftime("%Y-%m-%d %H:%M:%S %z"),
     )
     write_atomic(run.report, page.encode())
     return run.report
+
+
+def report_failure(run_dir: Path, error: BaseException) -> None:
+    """After a run that failed: keep why in its summary, and write its report. Never hides the failure.
+
+    A run that failed before its first number leaves nothing to report.
+    """
+    run = RunDir(run_dir)
+    with suppress(OSError, RunDirError):
+        if not run.metrics.exists():
+            return
+        summary = run.read_summary()
+        if summary.get("status") == "failed":
+            run.write_summary({**summary, "error": f"{type(error).__name__}: {error}"})
+        write_report(run_dir)
 
 
 def render(template: str, **values: Any) -> str:
@@ -154,53 +112,6 @@ def render(template: str, **values: Any) -> str:
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     return environment.get_template(template).render(**values)
-
-
-def _charts(rows: Sequence[MetricsRow], held_out: Collection[str]) -> tuple[list[_Chart], list[_Chart]]:
-    """The page's charts, and one small chart for each metric that none of them shows."""
-    series = _series(rows)
-    phases = {
-        name.removeprefix("time/").removesuffix("_s"): points
-        for name, points in series.items()
-        if name.startswith("time/")
-    }
-    charts: list[_Chart] = []
-    shown = {name for name in series if name.startswith("time/")}
-    for row in (*_reward_charts(held_out), *_CHARTS):
-        chosen = {name: points for name, points in series.items() if row.shows(name)}
-        shown |= set(chosen)
-        if any(value for points in chosen.values() for _, value in points):
-            charts.append(_Chart(row.title, Markup(line_chart(_without_echoes(chosen), row.floor_zero))))
-    svg = stacked_chart(phases)
-    if svg:
-        charts.append(_Chart("Seconds per step, by phase", Markup(svg)))
-    more = [_Chart(name, Markup(line_chart({name: points}))) for name, points in series.items() if name not in shown]
-    return [c for c in charts if c.svg], [c for c in more if c.svg]
-
-
-def _series(rows: Sequence[MetricsRow]) -> dict[str, list[tuple[float, float]]]:
-    """Metrics by name over steps; nulls are gaps."""
-    series: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if name not in _NOT_CURVES and value is not None:
-                series.setdefault(name, []).append((row["step"] or 0, value))
-    return series
-
-
-def _without_echoes(series: Series) -> Series:
-    """Without `x/mean` where it only repeats a single reward, and without cached calls where there are none."""
-    kept = {
-        name: points
-        for name, points in series.items()
-        if "cached_calls" not in name or any(value for _, value in points)
-    }
-    for name, points in kept.items():
-        prefix, _, last = name.partition("/")
-        others = [other for other in kept if other.startswith(f"{prefix}/") and other.count("/") == 1]
-        if last == "mean" and any(other != name and kept[other] == points for other in others):
-            return {other: values for other, values in kept.items() if other != name}
-    return kept
 
 
 def _outcomes(
@@ -250,13 +161,39 @@ def _asked(rows: Sequence[MetricsRow], held_out: Collection[str]) -> dict[str, A
     }
 
 
-def _held_out_metrics(path: Path) -> list[str]:
-    """The names of a run's `only_eval` rewards, from its resolved configuration; none if it cannot be read."""
+def _raw_config(path: Path) -> dict[str, Any]:
+    """The resolved configuration as plain data; {} if it cannot be read."""
     try:
-        rewards = tomllib.loads(path.read_text(encoding="utf-8", errors="replace")).get("rewards", [])
-        return [str(reward["name"]) for reward in rewards if reward.get("only_eval")]
-    except (OSError, tomllib.TOMLDecodeError, AttributeError, KeyError, TypeError):
+        return tomllib.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, tomllib.TOMLDecodeError):
+        return {}
+
+
+def _held_out_metrics(config: Mapping[str, Any]) -> list[str]:
+    """The names of a run's `only_eval` rewards; none if the configuration is broken."""
+    try:
+        return [str(reward["name"]) for reward in config.get("rewards", []) if reward.get("only_eval")]
+    except (AttributeError, KeyError, TypeError):
         return []
+
+
+def _alert_facts(config: Mapping[str, Any]) -> Facts:
+    sizes = {key: config.get(key, 1) for key in ("groups_per_step", "group_size")}
+    return Facts(**{key: value if isinstance(value, int) and value > 0 else 1 for key, value in sizes.items()})
+
+
+def _condition(rows: Sequence[MetricsRow], summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """What a reader must know of a run that is not finished; "" for one that is."""
+    done = summary.get("num_steps") or max((int(row["step"] or 0) for row in rows), default=0)
+    where = f"step {done} of {config.get('num_steps', '?')}"
+    status = summary.get("status")
+    if status == "finished":
+        return ""
+    if status == "failed":
+        return f"This run failed after {where}. What follows is what there was until then."
+    if status == "stopped":
+        return f"This run was stopped after {where}: the last numbers here are not those of a finished run."
+    return f"This run has no summary: it is still going, or was killed before it could write one. It is at {where}."
 
 
 def _facts(rows: Sequence[MetricsRow], summary: Mapping[str, Any]) -> list[str]:
@@ -320,8 +257,9 @@ def inline(path: Path) -> str | None:
             if len(data) <= _INLINE_BYTES:
                 picture.verify()
                 return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-            jpeg = io.BytesIO()
-            picture.convert("RGB").save(jpeg, format="JPEG", quality=88)
+            jpeg, small = io.BytesIO(), picture.convert("RGB")
+            small.thumbnail((_INLINE_SIDE, _INLINE_SIDE), Image.Resampling.LANCZOS)
+            small.save(jpeg, format="JPEG", quality=85)
     except (OSError, SyntaxError):  # Pillow reports a broken PNG as a SyntaxError
         return None
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
@@ -353,16 +291,11 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
     return sorted(rows, key=lambda row: row[0].count(".") > prefix.count("."))
 
 
-def _environment_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the summary says, and where this page was written."""
-    told = [row for row in _flatten(summary) if not row[0].startswith(("eval_initial.", "eval_final."))]
-    here = [("Python", platform.python_version()), ("system", platform.platform()), ("cores", str(os.cpu_count()))]
-    for name in _LIBRARIES:
-        try:
-            here.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return [*told, *here]
+def _environment_rows(run: Path, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the summary says, and on what the run ran; of a run that did not write that, where this page was written."""
+    told = [row for row in _flatten(summary) if not row[0].startswith(_TOLD_ELSEWHERE)]
+    ran = environment_rows(read_environment(run))
+    return [*told, *(ran or [(f"{key} (of this page)", value) for key, value in environment_rows([environment()])])]
 
 
 def _number(value: float | None) -> str:

@@ -23,8 +23,10 @@ from services.config_changes import (
     refuse_others,
 )
 from services.console import RunConsole
+from services.environment import write_environment
 from services.nodes import local_cpus
 from services.recovery import causes
+from services.report import report_failure, write_report
 from services.run_checkpoints import choose_checkpoint, clear_the_way
 from services.run_dir import RunDir, free_space
 from services.run_inputs import RunInputs, read_inputs, with_absolute_paths
@@ -100,11 +102,13 @@ def go(
             error = causes(group)[0]
             told = error if isinstance(error, RaylignError) else disk_full(error, folder.path)
             console.failed(told or error, folder.path)
+            report_failure(folder.path, told or error)
             if told is None:
                 raise error from group
             return EXIT_FAILED
         except RaylignError as error:
             console.failed(error, folder.path)
+            report_failure(folder.path, error)
             return EXIT_FAILED
         except OSError as error:
             told = disk_full(error, folder.path)
@@ -115,8 +119,6 @@ def go(
         except KeyboardInterrupt:
             console.failed(KeyboardInterrupt("interrupted before the step was done"), folder.path)
             return EXIT_INTERRUPTED
-        from services.report import write_report  # the report is built after the run, from its files alone
-
         write_report(folder.path)
         console.finish(folder.read_summary(), folder.path)
         return EXIT_OK
@@ -146,6 +148,7 @@ def _cluster(config: RunConfig, folder: Path, address: str | None, console: RunC
 
 async def _drive(run: Training, own_cluster: bool) -> None:
     topology = await build(run.config, run.console.phase, own_cluster)
+    write_environment(run.folder.path)
     try:
         await train(run, topology)
     finally:

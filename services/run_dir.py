@@ -3,6 +3,7 @@
     config.toml  metrics.jsonl  summary.json  report.html  lock
     samples/     checkpoints/step_N/          tensorboard/  logs/ (only after a failure)
     groups/      what prompts, samples and scores there were, to look at (services.record_files)
+    environment.json (what it ran on)       tracking.json (what trackers know it by, if any do)
     config_changes.json (only if the configuration was changed on resumption)
 
 The lock is the kernel's (`flock`), so it goes away with the process that holds it, however that one ends.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 from raylign.errors import RunDirError
+from services.environment import write_environment
 from services.pictures import save_png
-from services.report import write_report
+from services.report import report_failure, write_report
 
 EVERYTHING: dict[str, Any] = {
     "status": "finished",
@@ -110,6 +112,7 @@ def test_a_whole_run_makes_a_whole_page(tmp_path: Path) -> None:
     )
     page = _Page(text)
     assert page.headings == [
+        "Look at this first",
         "Before and after",
         "Curves",
         "Training reward",
@@ -123,6 +126,8 @@ def test_a_whole_run_makes_a_whole_page(tmp_path: Path) -> None:
         "Seconds per step, by phase",
         "velocity/old_gap",
         "reward/zero_variance_groups",
+        "Where the time went",
+        "Failures",
         "Held-out samples over time",
         "Configuration",
         "Environment and result",
@@ -346,3 +351,202 @@ def test_writing_again_replaces_the_page(tmp_path: Path) -> None:
     _write(run, _rows(1))
     assert "3 steps" in _write(run, _rows(3))
     assert not list(run.glob(".*"))
+
+
+def test_intervals_are_bands_of_their_curves_and_no_charts_of_their_own(tmp_path: Path) -> None:
+    rows = [
+        {"step": step, "reward/ocr": 0.5, "reward/mean": 0.5, "ci95/reward/ocr": 0.2, "ci95/reward/mean": 0.2}
+        for step in (1, 2, 3)
+    ]
+    text = _write(tmp_path / "run", rows)
+    charts = dict(re.findall(r"<h3>(.*?)</h3>(.*?)</figure>", text, re.DOTALL))
+    assert charts["Training reward"].count("<polygon") == 1
+    assert "ci95" not in text
+    del rows[1]["ci95/reward/ocr"], rows[2]["ci95/reward/ocr"]
+    assert "<polygon" not in _write(tmp_path / "gaps", rows), "one step is no band"
+
+
+@pytest.mark.parametrize(
+    ("summary", "words"),
+    [
+        ({"status": "failed", "num_steps": 3, "error": "RewardError: <b>no</b>"}, "This run failed after step 3 of 60"),
+        ({"status": "stopped", "num_steps": 3}, "This run was stopped after step 3 of 60"),
+        (None, "This run has no summary: it is still going, or was killed"),
+    ],
+)
+def test_a_run_that_is_not_finished_says_so(tmp_path: Path, summary: dict[str, Any] | None, words: str) -> None:
+    text = _write(tmp_path / "run", _rows(), summary, "num_steps = 60")
+    assert words in text
+    assert ("RewardError: &lt;b&gt;no&lt;/b&gt;" in text) == (summary is not None and "error" in summary)
+    assert "This run" not in _write(tmp_path / "done", _rows(), EVERYTHING)
+
+
+def test_a_failure_leaves_a_report_with_its_cause_and_hides_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    report_failure(run, RunDirError("before the first number"))
+    assert not list(run.iterdir())
+    _write(run, _rows(), {"status": "failed", "num_steps": 3})
+    report_failure(run, RunDirError("no room"))
+    assert "RunDirError: no room" in (run / "report.html").read_text()
+    assert json.loads((run / "summary.json").read_text())["error"] == "RunDirError: no room"
+    (run / "metrics.jsonl").write_text("no json\n")
+    report_failure(run, RunDirError("again"))
+
+
+def test_time_failures_and_events_are_told_in_tables(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "step": step,
+            "time/step_s": 10.0,
+            "time/train_s": 7.0,
+            "time/rollout_s": 3.0,
+            "actors/wanted": 1.0 + step // 2,
+        }
+        for step in (1, 2, 3)
+    ]
+    rows[0] |= {"failed/reward_failed": 2.0, "eval/failed": 1.0}
+    rows[1] |= {"time/recovery_s": 4.5, "failed/async_kl": 1.0, "failed/refused_updates": 1.0}
+    rows[2] |= {"async/returned": 1.0}
+    run = tmp_path / "run"
+    (run / "groups").mkdir(parents=True)
+    failed = {"step": 1, "kind": "timeout", "reward": "judge", "message": "<i>slow", "prompt": "a cat", "sample": 4}
+    (run / "groups" / "failures.jsonl").write_text(json.dumps(failed) + "\n" + json.dumps(failed) + '\n{"torn')
+    guard = [{"step": 2, "signal": "metric", "actions": ["warn", "stop"], "told": "fell by 12 %"}]
+    changes = [{"step": 1, "changed": {"learner.lr": [1e-4, 1e-5]}}]
+    summary = {**EVERYTHING, "guard": guard, "config_changes": changes, "origin": {"step": 0, "run": "parent"}}
+    text = _write(run, rows, summary)
+    assert re.search(
+        r"<td>train</td><td class=\"num\">7 s</td><td class=\"num\">21 s</td><td class=\"num\">70.0%", text
+    )
+    assert re.search(r"reward failed</td><td class=\"num\">2<", text)
+    assert re.search(r"held-out samples</td><td class=\"num\">1<", text)
+    assert 'timeout</td><td class="num">2 recorded<' in text
+    assert "&lt;i&gt;slow" in text
+    assert "step 1, sample 4 of: a cat" in text
+    happened = re.findall(r"<tr><td class=\"num\">(\d+)</td><td>(.*?)</td><td>(.*?)</td></tr>", text)
+    assert [(step, kind) for step, kind, _ in happened] == [
+        ("0", "fork"),
+        ("1", "configuration"),
+        ("2", "recovery"),
+        ("2", "scaling"),
+        ("2", "guard"),
+        ("2", "refused"),
+        ("2", "guard: metric"),
+        ("3", "guard"),
+    ]
+    assert "from 1 to 2 rollout actors" in text
+    assert "fell by 12 % (warn, stop)" in text
+    assert "None: every sample" not in text
+    assert "None: every sample" in _write(tmp_path / "clean", [{"step": 1, "time/step_s": 1.0, "time/train_s": 1.0}])
+    assert "Failures" not in _Page(_write(tmp_path / "empty", [])).headings
+
+
+def test_thousands_of_events_do_not_make_a_long_page(tmp_path: Path) -> None:
+    rows = [{"step": step, "failed/refused_updates": 1.0} for step in range(1, 301)]
+    text = _write(tmp_path / "run", rows)
+    assert text.count("not finite were refused</td>") == 200
+    assert "100 more are left out" in text
+
+
+def _sample(total: float | None) -> dict[str, Any]:
+    score = {"name": "ocr", "value": total, "details": {"reason": "<u>read</u>", "exact": True}}
+    failed = {} if total is not None else {"failure": {"kind": "x", "message": "gone"}}
+    return {"index": 0, "total": total, "scores": [score], **failed}
+
+
+def _record(run: Path, kind: str, step: int, totals: Mapping[str, Sequence[float | None]], **more: Any) -> None:
+    groups = [
+        {
+            "prompt": {"id": name, "text": f"<b>{name}"},
+            "samples": [_sample(total) | more for total in some],
+        }
+        for name, some in totals.items()
+    ]
+    (run / "groups").mkdir(parents=True, exist_ok=True)
+    (run / "groups" / f"{kind}_{step:08d}.json").write_text(json.dumps({"step": step, "groups": groups}) + "\n")
+
+
+def _shown(text: str, heading: str) -> list[str]:
+    _, _, after = text.partition(f"<h2>{heading}</h2>")
+    return re.findall(
+        r'<figcaption><span class="text">&lt;b&gt;(.*?)</span> <span class="facts">(.*?)<', after.partition("<h2>")[0]
+    )
+
+
+def test_the_best_the_worst_and_the_most_changed_groups_are_shown(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = {"a": [0.0, 0.2], "b": [0.5], "c": [0.9, 0.9], "d": [0.4], "e": [None, None]}
+    last = {"a": [0.9, 1.0], "b": [0.5], "c": [0.0, None], "d": [0.6], "e": [None, None]}
+    _record(run, "eval", 0, first, text="an <script>answer")
+    _record(run, "eval", 20, last, text="an <script>answer")
+    _record(run, "train", 20, {"t": [1.0]})
+    text = _write(run, _rows())
+    assert _shown(text, "Best groups") == [("a", "mean reward 0.950"), ("d", "mean reward 0.600")]
+    assert _shown(text, "Worst groups") == [("c", "mean reward 0.000"), ("b", "mean reward 0.500")]
+    assert _shown(text, "Groups without a reward") == [("e", "mean reward –")]
+    assert _shown(text, "Most changed groups") == [
+        ("c", "mean reward 0.900 → 0.000"),
+        ("a", "mean reward 0.100 → 0.950"),
+        ("d", "mean reward 0.400 → 0.600"),
+    ], "b did not change, e has no reward"
+    assert "drawn with the same keys at step 0 and step 20" in text
+    assert "ocr reason: &lt;u&gt;read&lt;/u&gt;" in text
+    assert "gone" in text
+    assert _Page(text).scripts == 0
+    assert "<u>" not in text
+
+
+def test_a_run_without_held_out_prompts_shows_groups_of_its_last_training_step(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _record(run, "train", 1, {"a": [0.0]})
+    _record(run, "train", 2, {"b": [1.0], "c": [0.5]})
+    text = _write(run, _rows())
+    assert _shown(text, "Best groups") == [("b", "mean reward 1.000")]
+    assert "training prompts, step 2" in text
+    assert "Most changed groups" not in text
+
+
+@pytest.mark.parametrize(
+    "broken", ["{", "[]", '{"groups": [{}]}', '{"groups": [{"prompt": {}, "samples": []}]}', "null"]
+)
+def test_a_broken_record_of_groups_is_left_out(tmp_path: Path, broken: str) -> None:
+    (tmp_path / "run" / "groups").mkdir(parents=True)
+    (tmp_path / "run" / "groups" / "eval_00000001.json").write_text(broken + "}\n")
+    assert "Best groups" not in _Page(_write(tmp_path / "run", _rows())).headings
+
+
+def test_what_the_run_ran_on_is_told_and_not_where_the_page_was_written(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert "python (of this page)" in _write(run, _rows())
+    write_environment(run)
+    write_environment(run)
+    parts = json.loads((run / "environment.json").read_text())
+    assert len(parts) == 2
+    parts[1]["python"] = "9.9.9"
+    parts[1]["gpus"] = ["H200", "H200"]
+    (run / "environment.json").write_text(json.dumps(parts))
+    text = _write(run, _rows())
+    assert "9.9.9" in text
+    assert "H200, H200" in text
+    assert "part 2 began" in text
+    assert "of this page" not in text
+    assert parts[0]["libraries"]["torch"] in text
+    (run / "environment.json").write_text("{")
+    assert "python (of this page)" in _write(run, _rows())
+
+
+def test_alerts_stand_first(tmp_path: Path) -> None:
+    rows = [{"step": step, "reward/zero_variance_groups": 4.0, "reward/mean": 0.5} for step in (1, 2)]
+    text = _write(tmp_path / "run", rows, None, "groups_per_step = 4")
+    page = _Page(text)
+    assert page.headings[0] == "Look at this first"
+    assert "Groups without a signal" in text
+
+
+def test_a_page_stays_small(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    rows = [{"step": step, **{f"m/{index}": float(step % 7) for index in range(60)}} for step in range(2000)]
+    for step in range(20):
+        _picture(run / "samples" / f"step_{step:05d}.png", 700)
+    assert len(_write(run, rows)) < 6_000_000
