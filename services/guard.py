@@ -189,18 +189,17 @@ def _of_steps(config: GuardConfig, state: GuardState, row: Row) -> dict[Signal, 
 def _divergence(
     config: GuardConfig, names: Watched, state: GuardState, falls: Sequence[Fall], rewards: Mapping[str, float]
 ) -> Reading:
-    """Of the held-out metrics since whose best the trained reward is no lower, the one that lost most."""
+    """How much more a held-out metric lost since its best than the trained reward did; of the one that lost most so."""
+    now = _mix(names, state, rewards)
 
-    def mixes(fall: Fall) -> tuple[float, float]:
-        return _mix(names, state, state.peaks[fall.name].rewards), _mix(names, state, rewards)
+    def beyond(fall: Fall) -> tuple[float, str]:
+        then = _mix(names, state, state.peaks[fall.name].rewards)
+        reward_lost = max(0.0, then - now) / max(abs(then), _TINY)
+        told = f"{fall.told}, while the trained reward went from {then:.3f} to {now:.3f}"
+        return max(0.0, fall.share - reward_lost), told
 
-    diverging = [fall for fall in falls if mixes(fall)[1] >= mixes(fall)[0]]
-    if not diverging:
-        return Reading(0.0, "the trained reward fell as well")
-    worst = max(diverging, key=lambda fall: fall.share)
-    then, now = mixes(worst)
-    told = f"{worst.told}, while the trained reward went from {then:.3f} to {now:.3f}"
-    return Reading(worst.share / config.max_divergence, told)
+    share, told = max(map(beyond, falls))
+    return Reading(share / config.max_divergence, told)
 
 
 def _diversity(config: GuardConfig, state: GuardState, falls: Sequence[Fall], row: Row) -> Reading:

@@ -27,7 +27,7 @@ class GuardActions(Config):
     """What is done when a signal passes its limit; `warn` is in all of it, as everything done is told."""
 
     divergence: tuple[Action, ...] = ("warn",)
-    """The trained reward rose while a held-out metric fell."""
+    """A held-out metric fell while the trained reward rose, or fell by less."""
     held_out: tuple[Action, ...] = ("warn",)
     """A held-out metric fell, whatever the trained reward did."""
     disagreement: tuple[Action, ...] = ("warn",)
@@ -50,7 +50,7 @@ class GuardConfig(Config):
     statistics: tuple[str, ...] | None = None
     """Names of those that should stay as they are; sharpness, jpeg and brightness when not given."""
     max_divergence: float = Field(default=0.04, gt=0, lt=1)
-    """Share of its best that a held-out metric may lose while the trained reward is no lower than it was then."""
+    """Share of its best that a held-out metric may lose beyond the share that the trained reward lost since then."""
     max_fall: float = Field(default=0.15, gt=0, lt=1)
     """Share of its best that a held-out metric may lose in any case."""
     max_disagreement: float = Field(default=0.5, gt=0, le=2)

@@ -48,6 +48,13 @@ def test_a_run_that_loses_both_is_not_hacked_until_it_has_lost_much() -> None:
     assert [verdict.metrics["guard/divergence"] for verdict in verdicts] == [0, 0, 0, 0]
 
 
+def test_what_the_reward_lost_as_well_is_no_divergence() -> None:
+    # The metric lost 6 % of its best; 3 % and 1 % of those the reward lost too.
+    _, verdicts = replay(config(), NAMES, curve([1.0, 0.97, 0.99], [0.5, 0.47, 0.47]))
+    assert [verdict.metrics["guard/divergence"] for verdict in verdicts] == pytest.approx([0, 0.03 / 0.04, 0.05 / 0.04])
+    assert acted(verdicts) == [(2, "divergence")]
+
+
 def test_a_run_that_gains_both_trips_nothing() -> None:
     _, verdicts = replay(config(), NAMES, curve([0.45, 0.9, 0.95, 0.99], [0.4, 0.88, 0.96, 0.95]))
     assert acted(verdicts) == []
@@ -125,8 +132,8 @@ def test_drop_reward_takes_the_one_that_rose_most_and_leaves_one() -> None:
     rows = [
         evaluation(0, ocr=0.5, bright=0.2, reader=0.8),
         evaluation(1, ocr=0.55, bright=0.6, reader=0.7),
-        # Without `bright` the trained reward is lower than it was, so nothing diverges.
-        evaluation(2, ocr=0.45, bright=0.9, reader=0.7),
+        # Without `bright` the trained reward lost more than the metric did, so nothing diverges.
+        evaluation(2, ocr=0.4, bright=0.9, reader=0.7),
         evaluation(3, ocr=0.55, bright=0.9, reader=0.7),
     ]
     state, verdicts = replay(settings, TWO, rows)
