@@ -47,7 +47,9 @@ def save_groups(groups: Sequence[RolloutGroup], folder: Path) -> None:
                 "texts": group.texts,
             }
         )
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _TENSORS)
+    # Groups of a prompt share what it says, and a file holds every tensor by itself.
+    own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    save_file(own, folder / _TENSORS)
     (folder / _REST).write_text(json.dumps(rows), encoding="utf-8")
 
 
