@@ -25,7 +25,7 @@ from typing import Any
 from raylign.metrics import read_metrics
 from services.config import read_resolved_config
 from services.guard import replay
-from services.guard_config import SIGNALS, GuardConfig, watched
+from services.guard_config import SIGNALS, watched
 
 ROOT = Path(__file__).parents[1]
 HACKED = ("hack_brightness", "hack_repeated_text")
@@ -41,8 +41,8 @@ def judged(run_dir: Path) -> dict[str, Any]:
         {name: value for name, value in row.items() if isinstance(value, (int, float))}
         for row in read_metrics(run_dir / "metrics.jsonl")
     ]
-    names = watched(GuardConfig(), config.rewards)
-    state, verdicts = replay(GuardConfig(), names, rows)
+    names = watched(config.guard, config.rewards)
+    state, verdicts = replay(config.guard, names, rows)
     levels = {
         signal: max((v.metrics[f"guard/{signal}"] for v in verdicts if f"guard/{signal}" in v.metrics), default=None)
         for signal in SIGNALS

@@ -46,7 +46,8 @@ class GuardConfig(Config):
     enabled: bool = True
     """Whether it watches at all."""
     held_out: tuple[str, ...] | None = None
-    """Names of the `only_eval` rewards of which more is better; all of them but statistics when not given."""
+    """Names of the `only_eval` rewards of which more is better, or of their details, such as glyph_pixels/colour_right;
+    all of them but statistics when not given."""
     statistics: tuple[str, ...] | None = None
     """Names of those that should stay as they are; sharpness, jpeg and brightness when not given."""
     max_divergence: float = Field(default=0.04, gt=0, lt=1)
@@ -126,7 +127,7 @@ def check_guard(
     metrics = [reward.name for reward in rewards if reward.only_eval]
     for key, asked in (("held_out", names.held_out), ("statistics", names.statistics)):
         for name in asked:
-            if name not in metrics:
+            if name.partition("/")[0] not in metrics:
                 raise ConfigError(
                     f"guard.{key} names {name!r}, which is no [[rewards]] with only_eval = true{_near(name, metrics)}"
                 )

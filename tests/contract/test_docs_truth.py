@@ -88,7 +88,7 @@ def written_metrics() -> set[str]:
     places = [*(ROOT / "learner").rglob("*.py")]
     places += [
         ROOT / "services" / f"{name}.py"
-        for name in ("step_metrics", "pull_metrics", "staleness", "controller", "autoscaler", "observer")
+        for name in ("step_metrics", "pull_metrics", "staleness", "controller", "autoscaler", "observer", "guard", "guard_run")
     ]
     names: set[str] = set()
     for path in places:

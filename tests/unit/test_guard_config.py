@@ -42,6 +42,8 @@ def test_statistics_are_told_from_metrics_by_their_type() -> None:
     )
     chosen = run(guard={"held_out": ["sharpness"], "statistics": []})
     assert watched(chosen.guard, chosen.rewards).held_out == ("sharpness",)
+    detail = run(guard={"held_out": ["glyph_pixels/colour_right"]})
+    assert watched(detail.guard, detail.rewards).held_out == ("glyph_pixels/colour_right",)
 
 
 @pytest.mark.parametrize(
