@@ -60,9 +60,8 @@ class RunObserver:
 
     def stepped(self, step: int, metrics: Mapping[str, float], groups: Sequence[RolloutGroup]) -> None:
         everything = {**metrics, "time/since_start_s": self.seconds}
-        self._sinks.log(
-            step, {**everything, **interval_metrics(groups, "reward"), **self._record("train", step, groups)}
-        )
+        self._record("train", step, groups)
+        self._sinks.log(step, {**everything, **interval_metrics(groups, "reward")})
         self._sinks.values(step, "reward", [total for group in groups for total in valid_totals(group)])
         self._console.step(step, everything)
         for group in groups:
@@ -73,10 +72,8 @@ class RunObserver:
         metrics = eval_metrics(groups)
         self.last_eval = {name.removeprefix("eval/"): value for name, value in metrics.items()}
         self.first_eval = self.first_eval or self.last_eval
-        recorded = self._record("eval", step, groups)
-        self._sinks.log(
-            step, {**metrics, **interval_metrics(groups, "eval"), **recorded, "time/since_start_s": self.seconds}
-        )
+        self._record("eval", step, groups)
+        self._sinks.log(step, {**metrics, **interval_metrics(groups, "eval"), "time/since_start_s": self.seconds})
         self._sinks.values(step, "eval", [total for group in groups for total in valid_totals(group)])
         self._console.evaluated(step, metrics)
         if any(group.texts is not None for group in groups):
@@ -91,12 +88,10 @@ class RunObserver:
         else:
             self._show_gaps(step, sweeps)
 
-    def _record(self, kind: RecordKind, step: int, groups: Sequence[RolloutGroup]) -> dict[str, float]:
-        """Hand the groups to the recorder; how many steps it had to leave out, if any."""
-        if self._recorder is None:
-            return {}
-        self._recorder.take(kind, step, groups)
-        return {"record/skipped_steps": float(self._recorder.num_skipped)} if self._recorder.num_skipped else {}
+    def _record(self, kind: RecordKind, step: int, groups: Sequence[RolloutGroup]) -> None:
+        """Hand the groups to the recorder, if there is one."""
+        if self._recorder is not None:
+            self._recorder.take(kind, step, groups)
 
     def _show_frontier(self, step: int, sweeps: Mapping[EvalPoint, Sequence[RolloutGroup]]) -> None:
         """A curve over entropy budgets, and the run's own operating point beside it."""

@@ -2,8 +2,8 @@
 
     observer ──take──▶ queue (bounded) ──▶ writer thread ──▶ groups/train_00000012.json, .pictures, failures.jsonl
 
-The loop only puts a step's groups into the queue. Where the writer cannot keep up, a step is left out and counted; the
-loop never waits for it. What stops the writer (a full disk) stops the run, at the next step or at the end.
+The loop only puts a step's groups into the queue. Where the writer cannot keep up, a step is left out and counted in
+the next one's record; the loop never waits for it. What stops the writer (a full disk) stops the run, at the next step or at the end.
 
 The disk is bounded by `record.max_mib`: when the groups of training steps outgrow it, the older ones are thinned to
 every second, fourth, eighth … step, and the newest `record.keep_newest` stay as long as they fit. Held-out groups, of
@@ -143,7 +143,8 @@ class GroupRecorder:
         shown = task.groups[: self._config.max_groups]
         newest = task.step - 1 if training else None
         packed = pack_groups(shown, credit, newest, self._config.picture_size)
-        whole = {"step": task.step, "kind": task.kind, "num_groups": len(task.groups), "groups": packed.groups}
+        told = {"step": task.step, "kind": task.kind, "num_groups": len(task.groups), "num_skipped": self.num_skipped}
+        whole = {**told, "groups": packed.groups}
         data = json.dumps(whole, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         if packed.pictures:
             _replace(pictures_path(path), packed.pictures)

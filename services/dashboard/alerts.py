@@ -175,16 +175,6 @@ def guard(columns: Columns, facts: Facts) -> list[Alert]:
     return [Alert("guard", "bad", "The hacking guard tripped", text, columns.steps[-1])]
 
 
-def unrecorded(columns: Columns, facts: Facts) -> list[Alert]:
-    """The record of groups could not keep up."""
-    skipped = columns.tail("record/skipped_steps", len(columns.steps))
-    if not skipped:
-        return []
-    text = f"{skipped[-1]:g} steps are missing from the group browser: writing them took longer than training. Raise "
-    text += "record.every_steps, or lower record.max_groups or record.picture_size."
-    return [Alert("record", "warn", "Steps are not recorded", text, columns.steps[-1])]
-
-
 RULES: Sequence[Callable[[Columns, Facts], list[Alert]]] = (
     reward_hacking,
     diversity_collapse,
@@ -193,7 +183,6 @@ RULES: Sequence[Callable[[Columns, Facts], list[Alert]]] = (
     parity,
     failures,
     guard,
-    unrecorded,
 )
 
 

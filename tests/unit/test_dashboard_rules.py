@@ -111,7 +111,6 @@ def test_failures_are_a_share_of_the_samples() -> None:
     assert found_alert(columns(failed__reward_failed=[0.0] * 9 + [7.0])).kind == "failures"
     assert found_alert(columns(failed__refused_updates=[0.0, 1.0])).kind == "refused"
     assert found_alert(columns(failed__async_kl=[0.0, 1.0], staleness__limit=[2.0, 0.0])).kind == "async"
-    assert found_alert(columns(record__skipped_steps=[2.0, 3.0])).kind == "record"
 
 
 def test_the_guard_says_what_it_did() -> None:

@@ -247,6 +247,8 @@ def test_a_writer_that_is_behind_is_not_waited_for(tmp_path: Path) -> None:
         recording.take("train", step, [slow])
     recording.close()
     assert recording.num_skipped > 0
+    last = recorded_steps(tmp_path, "train")[-1]
+    assert json.loads(read_record(tmp_path, "train", last) or b"")["num_skipped"] > 0
     assert len(recorded_steps(tmp_path, "train")) == 39 - recording.num_skipped
 
 

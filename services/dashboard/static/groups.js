@@ -110,10 +110,10 @@ export class Groups {
 
   paint() {
     if (!this.data) return;
-    const { groups, num_groups: total, step, kind } = this.data;
+    const { groups, num_groups: total, num_skipped: skipped, step, kind } = this.data;
     const shown = this.all ? groups : groups.slice(0, FIRST_GROUPS);
     const siblings = groups.reduce((sum, group) => sum + group.samples.length, 0);
-    this.status.textContent = `step ${number(step)}: ${number(groups.length)}${total > groups.length ? ` of ${number(total)}` : ""} groups, ${number(siblings)} samples`;
+    this.status.textContent = `step ${number(step)}: ${number(groups.length)}${total > groups.length ? ` of ${number(total)}` : ""} groups, ${number(siblings)} samples${skipped ? ` · ${number(skipped)} steps were not recorded, as writing fell behind` : ""}`;
     show(this.list, shown.map((group) => this.article(group)), shown.length < groups.length ? h("button", { type: "button", onclick: () => { this.all = true; this.paint(); } }, `Show all ${groups.length} groups`) : null);
     this.list.dataset.step = String(step);
     this.list.dataset.kind = kind;
