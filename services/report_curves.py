@@ -10,11 +10,13 @@ from markupsafe import Markup
 from raylign.metrics import MetricsRow
 from services.charts import Points, line_chart, stacked_chart
 from services.confidence import INTERVAL
+from services.guard_config import SIGNALS
 from services.headlines import is_metric
 
 _GAP_INTERVAL = "eval/gap_ci95/"
 _TIME_TOTALS = ("time/step_s", "time/since_start_s")
 _NOT_CURVES = ("step", "weight_version", *_TIME_TOTALS)
+_LEVELS = tuple(f"guard/{signal}" for signal in SIGNALS)
 _TEXT_MEASURES = ("nfe", "cached_calls", "gamma", "characters")
 
 Series = Mapping[str, Points]
@@ -69,7 +71,7 @@ _CHARTS = (
     _ChartRow("Clipped ratios (share)", lambda name: name == "ratio/clip_fraction", floor_zero=True),
     _ChartRow("Gradient norm", lambda name: "grad_norm" in name or name.startswith("grad"), floor_zero=True),
     _ChartRow("Policy ratio", lambda name: name.startswith("ratio/") and name != "ratio/clip_fraction"),
-    _ChartRow("Guard: levels of its signals (1 is the limit)", lambda name: name.startswith("guard/"), floor_zero=True),
+    _ChartRow("Guard: levels of its signals (1 is the limit)", lambda name: name in _LEVELS, floor_zero=True),
     _ChartRow("Samples per second", lambda name: name == "throughput/samples_per_s", floor_zero=True),
     _ChartRow("Staleness (versions)", lambda name: name.startswith("staleness/"), floor_zero=True),
     _ChartRow("Failures per step", lambda name: name.startswith("failed/") or name == "eval/failed", floor_zero=True),

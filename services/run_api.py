@@ -1,5 +1,6 @@
 """The runs of a folder over HTTP: what they wrote, and control of those that are live on this machine.
 
+    GET  /metrics                          the live runs' newest numbers, for Prometheus
     GET  /v1/runs                          every run of the folder
     GET  /v1/runs/NAME                     one run; with its rollout actors while it is live
     GET  /v1/runs/NAME/metrics?tail=N      the last lines of metrics.jsonl
@@ -21,7 +22,7 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, Query, Request
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from pydantic import Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -32,6 +33,7 @@ from raylign.metrics import MetricsRow, read_metrics
 from services.run_control import GoOnAsk, PauseAsk, RunState, ScaleAsk, StatusAsk, ask
 from services.run_dir import RunDir
 from services.run_drivers import Drivers, as_options
+from services.run_exporter import CONTENT_TYPE, FolderMetrics
 
 _LOOPBACK_NAMES = ["127.0.0.1", "localhost", "[::1]"]
 _STATUS: dict[type[RaylignError], int] = {RunDirError: 404, ConfigError: 422, ClusterError: 409}
@@ -145,11 +147,19 @@ def build_run_api(folder: Path, token: str | None, drivers: Drivers) -> FastAPI:
             return JSONResponse({"error": f"a page of {origin} may not change runs here"}, 403)
         return await call_next(request)
 
+    def paths() -> list[Path]:
+        return sorted(path.parent for path in folder.glob("*/config.toml"))
+
+    exported = FolderMetrics(lambda path: view(path, drivers))
+
     # Plain functions: they read files and wait for drivers, which a thread may do.
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def prometheus() -> Response:
+        return Response(exported.text(paths()), media_type=CONTENT_TYPE)
+
     @app.get("/v1/runs")
     def runs() -> list[RunView]:
-        paths = sorted(path.parent for path in folder.glob("*/config.toml"))
-        return [view(path, drivers) for path in paths]
+        return [view(path, drivers) for path in paths()]
 
     @app.get("/v1/runs/{name}")
     def show(path: RunPath) -> RunView:

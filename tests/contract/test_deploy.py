@@ -6,6 +6,7 @@ And the pods can hold the runs that they are for.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT, DEFAULT_DASHBOARD_PORT
 from ray.scripts.scripts import start as ray_start
@@ -31,6 +33,7 @@ from services.config import RunConfig, load_run_config
 from services.nodes import ROLE_LABEL, required_resources, role_selector
 from services.reward_app import DeployArgs, build_application
 from services.reward_config import HTTP_CPUS, RewardServerConfig, ServiceConfig
+from services.run_metrics import FAMILIES, names
 from tests.kuberay import PodSpec, RayClusterSpec, WorkerGroup, cluster_of
 
 ROOT = Path(__file__).parents[2]
@@ -276,8 +279,63 @@ def test_the_reward_service_names_a_judge_and_a_redis_that_are_there() -> None:
 def test_prometheus_reads_ports_that_pods_have() -> None:
     (monitor,) = documents(ROOT / "deploy" / "monitoring.yaml")
     # KubeRay adds the last two to the head.
-    assert [one["port"] for one in monitor["spec"]["podMetricsEndpoints"]] == ["metrics", "as-metrics", "dash-metrics"]
+    ports = ["metrics", "run-metrics", "as-metrics", "dash-metrics"]
+    assert [one["port"] for one in monitor["spec"]["podMetricsEndpoints"]] == ports
     assert ROLE_LABEL in monitor["spec"]["podTargetLabels"]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
+def test_a_job_answers_prometheus_at_the_port_that_its_head_opens(path: Path) -> None:
+    tracking = run_of(path).tracking
+    (head,) = ray_cluster(path).headGroupSpec.template.spec.containers
+    ports = {port.name: port.containerPort for port in head.ports}
+    assert (tracking.metrics_port, tracking.metrics_host) == (ports["run-metrics"], "0.0.0.0")
+
+
+def _queries() -> list[str]:
+    board = json.loads((ROOT / "deploy" / "grafana.json").read_text(encoding="utf-8"))
+    variables = [one["definition"] for one in board["templating"]["list"] if one["type"] == "query"]
+    return [*variables, *(target["expr"] for panel in board["panels"] for target in panel.get("targets", ()))]
+
+
+def test_the_grafana_dashboard_asks_for_metrics_that_are_exported() -> None:
+    """Ours by their exporter; Serve's by the dashboard that Ray itself brings."""
+    folder = Path(ray.__file__).parent / "dashboard" / "modules" / "metrics" / "dashboards"
+    serve = "".join(path.read_text(encoding="utf-8") for path in folder.glob("serve*_panels.py"))
+    known = names() | set(re.findall(r"ray_serve_[a-z_]+", serve))
+    asked = {name for query in _queries() for name in re.findall(r"\b(?:raylign|ray_serve)_[a-z0-9_]+", query)}
+    assert asked <= known
+    assert len([name for name in asked if name.startswith("raylign_")]) > 20
+    labels = {label for query in _queries() for label in re.findall(r'(\w+)(?:=~|!~|!=|=)"', query)}
+    labels |= {label for query in _queries() for by in re.findall(r"by \((.*?)\)", query) for label in by.split(", ")}
+    ours = {"run", "kind", "status", "state", *(family.label for family in FAMILIES)}
+    assert labels <= ours | {"deployment", "le"}
+
+
+def test_the_grafana_dashboard_is_one_that_grafana_takes() -> None:
+    board = json.loads((ROOT / "deploy" / "grafana.json").read_text(encoding="utf-8"))
+    panels = board["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels) > 25
+    assert {panel["type"] for panel in panels} == {"row", "timeseries", "stat"}
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken, panel["title"]
+        assert max(x for x, _ in cells) < 24
+        taken |= cells
+        if panel["type"] != "row":
+            assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+            references = [target["refId"] for target in panel["targets"]]
+            assert len(set(references)) == len(references) > 0
+    assert {one["name"] for one in board["templating"]["list"]} == {"datasource", "run"}
+    for query in _queries():
+        assert query.count("(") == query.count(")"), query
+        assert query.count("{") == query.count("}"), query
 
 
 def test_a_role_goes_to_the_nodes_that_are_set_aside_for_it_and_to_any_if_none_is() -> None:
