@@ -3,7 +3,8 @@
     observer ──take──▶ queue (bounded) ──▶ writer thread ──▶ groups/train_00000012.json, .pictures, failures.jsonl
 
 The loop only puts a step's groups into the queue. Where the writer cannot keep up, a step is left out and counted in
-the next one's record; the loop never waits for it. What stops the writer (a full disk) stops the run, at the next step or at the end.
+the next one's record; the loop never waits for it. What stops the writer (a full disk) stops the run, at the next step
+or at the end.
 
 The disk is bounded by `record.max_mib`: when the groups of training steps outgrow it, the older ones are thinned to
 every second, fourth, eighth … step, and the newest `record.keep_newest` stay as long as they fit. Held-out groups, of
