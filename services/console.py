@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARKLINE_WIDTH = 32
 _NAME_WIDTH = 34
+_PHASE_WIDTH = 28
+_PHASE_STYLES = ("cyan", "green", "yellow", "magenta", "blue", "red")
 # Sums over the phases, which are shown one by one.
 _TOTALS = ("time/step_s", "time/since_start_s")
 _STYLES = {"better": "green", "worse": "red", "": ""}
@@ -302,14 +304,18 @@ class RunConsole:
         return Text.assemble(("  ·  ", "dim")).join(pieces)
 
     def _phase_text(self) -> Text:
+        """Where the last step's time went: a bar of its phases, in the colours of their names."""
         phases = {
             name.removeprefix("time/").removesuffix("_s"): value
             for name, value in self._state.metrics.items()
             if name.startswith("time/") and name not in _TOTALS and value >= 0.05
         }
-        times = " · ".join(f"{name} {duration(value)}" for name, value in phases.items())
+        pieces = [Text.assemble((name, style), f" {duration(phases[name])}") for name, style in _phase_styles(phases)]
         rate = self._state.metrics.get("throughput/samples_per_s")
-        return Text(times + (f" · {rate:.1f} samples/s" if rate is not None else ""), "dim")
+        if rate is not None:
+            pieces.append(Text(f"{rate:.1f} samples/s", "dim"))
+        times = Text(" · ", "dim").join(pieces)
+        return Text.assemble(("time ", "bold"), phase_bar(phases), "  ", times) if phases else times
 
     def _speed_text(self) -> Text:
         rate = self._state.metrics.get("throughput/samples_per_s")
@@ -335,6 +341,24 @@ def sparkline(values: Sequence[float], width: int = _SPARKLINE_WIDTH) -> str:
     low, high = min(means), max(means)
     span = (high - low) or 1.0
     return "".join(_BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means)
+
+
+def phase_bar(phases: Mapping[str, float], width: int = _PHASE_WIDTH) -> Text:
+    """Seconds by phase as a bar of so many characters, each phase its share to the nearest character."""
+    total, bar = sum(phases.values()), Text()
+    if total <= 0:
+        return bar
+    done, drawn = 0.0, 0
+    for name, style in _phase_styles(phases):
+        done += phases[name]
+        end = round(width * done / total)
+        bar.append("█" * (end - drawn), style)
+        drawn = end
+    return bar
+
+
+def _phase_styles(phases: Mapping[str, float]) -> list[tuple[str, str]]:
+    return [(name, _PHASE_STYLES[place % len(_PHASE_STYLES)]) for place, name in enumerate(phases)]
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from raylign.errors import RewardError
-from services.console import RunConsole, ascii_picture, duration, sparkline
+from services.console import RunConsole, ascii_picture, duration, phase_bar, sparkline
 from services.headlines import direction, headline_label, headline_means
 
 SUMMARY: Mapping[str, Any] = {
@@ -148,6 +148,14 @@ def test_evaluations_are_compared_with_the_first() -> None:
     screen.run.evaluated(0, {"eval/ocr": 0.39, "eval/mean": 0.39, "eval/std_within_group": 0.1})
     screen.run.evaluated(20, {"eval/ocr": 0.25, "eval/mean": 0.25, "eval/std_within_group": 0.1})
     assert screen.text.splitlines()[1] == "held-out at step 20: ocr 0.390 -> 0.250"
+
+
+def test_the_bar_of_phases_is_cut_by_their_shares() -> None:
+    bar = phase_bar({"rollout": 3.0, "train": 1.0, "pull": 0.001}, width=8)
+    assert bar.plain == "█" * 8
+    assert [(span.start, span.end, str(span.style)) for span in bar.spans] == [(0, 6, "cyan"), (6, 8, "green")]
+    assert len(phase_bar(dict.fromkeys("abcdefg", 1.0), width=28)) == 28
+    assert phase_bar({}).plain == phase_bar({"train": 0.0}).plain == ""
 
 
 def test_a_phase_that_fails_says_so_and_raises() -> None:
