@@ -109,21 +109,23 @@ class Source:
         tensors = self._tuned.parameters()
         return self._tuned.export(version, {name: tensor.to(self._dtype) for name, tensor in tensors.items()})
 
-    def publish(self, version: int, which: str) -> tuple[WeightSnapshot, str]:
+    def publish(self, version: int, which: str) -> tuple[WeightSnapshot, tuple[str, str]]:
         """What `services.worker_actor.Worker` does."""
         began = time.monotonic()
         snapshot = self.snapshot(version)
         self._stamps = (began, time.monotonic())
-        return snapshot, snapshot.sha256
+        return snapshot, (snapshot.kind, snapshot.sha256)
 
-    def learner_call(self, verb: str, version: int, which: str) -> tuple[WeightSnapshot | None, WeightSnapshot, str]:
-        """`publish_changes`, what `learner.learner.Learner` does."""
+    def publish_changes(
+        self, version: int, which: str
+    ) -> tuple[WeightSnapshot | None, WeightSnapshot, tuple[str, str]]:
+        """The same of what changed, as `learner.learner.Learner` finds it."""
         began = time.monotonic()
         whole, base = self.snapshot(version), self._published
         self._published = whole
         delta = None if base is None else worthwhile_delta(base, whole)
         self._stamps = (began, time.monotonic())
-        return delta, whole, (delta or whole).kind
+        return delta, whole, ((delta or whole).kind, whole.sha256)
 
     def stamps(self) -> tuple[float, float]:
         """When the last publish began and ended."""
@@ -188,7 +190,7 @@ async def measure(
     case: Mapping[str, Any], num_layers: int, source: Any, sinks: list[Any], fleet: Any, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """The whole way, in rounds; the first two are left out."""
-    from services.ray_learner import Publication, RayLearner
+    from services.ray_learner import RayLearner
 
     lr = options.adapter_lr if case["tuning"] == "lora" else options.full_lr
     await asyncio.gather(
@@ -200,7 +202,7 @@ async def measure(
         await source.move.remote()
         began = time.monotonic()
         published = await learner.publish(version, "rollout")
-        await fleet.pull(published.newest if isinstance(published, Publication) else published, "rollout")
+        await fleet.pull(published, "rollout")
         ended = time.monotonic()
         first, done = await source.stamps.remote()
         pulls = await asyncio.gather(*(sink.pulled.remote() for sink in sinks))

@@ -32,6 +32,7 @@ NEUTRAL: Mapping[str, str] = {
     "checkpoint": "writing state does not change it",
     "eval.every_steps": "held-out samples have keys of their own, the same at every evaluation",
     "learner.publish": "a delta is applied to the very tensors of the whole snapshot, and verified by the same hash",
+    "weight_store": "weights are verified by the same hashes, whatever way they came",
     "reward_service.num_replicas": "a sample's score does not depend on the replica that gives it",
     "reward_service.autoscaling": "as num_replicas",
     "reward_service.num_cpus_per_replica": "only where replicas may be placed",

@@ -18,7 +18,8 @@ from raylign.errors import WeightError
 from raylign.weight_delta import apply_delta, worthwhile_delta
 from raylign.weights import WeightSnapshot, make_snapshot, view_snapshot
 from services.process import local_cluster
-from services.ray_learner import Publication, RayLearner
+from services.publication import Publication
+from services.ray_learner import RayLearner
 from tests.service import command_line as cli
 
 SIZE = 100_000
@@ -46,13 +47,13 @@ class Rank:
     def __init__(self) -> None:
         self.published: WeightSnapshot | None = None
 
-    def learner_call(self, verb: str, version: int, which: str) -> tuple[Any, WeightSnapshot, str]:
-        if (verb, which) != ("publish_changes", "rollout"):
-            raise WeightError(f"{verb} of {which}")
+    def publish_changes(self, version: int, which: str) -> tuple[Any, WeightSnapshot, tuple[str, str]]:
+        if which != "rollout":
+            raise WeightError(f"changes of {which}")
         whole, base = make_snapshot({"w": weights(version)}, version, "full"), self.published
         self.published = whole
         delta = None if base is None else worthwhile_delta(base, whole)
-        return delta, whole, (delta or whole).kind
+        return delta, whole, ((delta or whole).kind, whole.sha256)
 
 
 class Holder:
@@ -74,9 +75,7 @@ def test_actors_follow_by_deltas_newcomers_by_the_whole_and_large_changes_travel
     remote: Any = ray.remote
 
     async def publish(learner: RayLearner, version: int) -> Publication:
-        published = await learner.publish(version, "rollout")
-        assert isinstance(published, Publication)
-        return published
+        return await learner.publish(version, "rollout")
 
     async def work() -> None:
         learner = RayLearner([remote(Rank).options(num_cpus=0).remote()], deltas=True)
