@@ -117,7 +117,7 @@ class RayFleet:
         async def one(actor_id: int) -> Pulled | None:
             ticket = published.newest if broadcast is None else broadcast.tickets[actor_id]
             report = await self._submit("pull", {"snapshot": ticket, "slot": slot}, actor_id)
-            if report is None and broadcast is not None:
+            if broadcast is not None and (report is None or report.detour):
                 broadcast.lost(actor_id)
             return report
 

@@ -44,7 +44,10 @@ class Publication:
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """One broadcast under way. tickets: each seated actor's. lost: say that an actor will not take its seat."""
+    """One broadcast under way. tickets: each seated actor's. ended: wait until the learner is done with it.
+
+    lost: say that an actor does not, or did not, take its seat.
+    """
 
     tickets: Mapping[int, Seat]
     lost: Callable[[int], None]
@@ -95,13 +98,19 @@ class Broadcasts:
             except RayError as error:
                 # Its actors have the version by the object store; whoever calls the learner next is told of its death.
                 failed = str(error)
-            if failed and self._group == first.group:
-                self._group = ""
+            if failed:
+                self._break_up(first.group)
 
         def lost(actor_id: int) -> None:
             self._meeting.set(seats[actor_id].key(seats[actor_id].rank), GONE)
+            self._break_up(first.group)
 
         return Broadcast(seats, lost, ended)
+
+    def _break_up(self, group: str) -> None:
+        """Form another next time: who is of this one is not known, or connections to them are broken."""
+        if self._group == group:
+            self._group = ""
 
 
 async def _nothing() -> None:

@@ -10,8 +10,8 @@ from pydantic import Field
 from raylign.weights import WeightSnapshot
 from services.weight_stores.base import Fetched, Ticket, WeightStore, take
 from services.weight_stores.collective import GONE, Backend, CollectiveStore, CollectiveStoreConfig, Seat
-from services.weight_stores.direct import DirectStore, DirectStoreConfig
-from services.weight_stores.filesystem import FilesystemStore, FilesystemStoreConfig
+from services.weight_stores.direct import DirectStore, DirectStoreConfig, DirectTicket
+from services.weight_stores.filesystem import FilesystemStore, FilesystemStoreConfig, FileTicket
 from services.weight_stores.object_store import ObjectStore, ObjectStoreConfig
 
 __all__ = [
@@ -21,7 +21,9 @@ __all__ = [
     "CollectiveStoreConfig",
     "DirectStore",
     "DirectStoreConfig",
+    "DirectTicket",
     "Fetched",
+    "FileTicket",
     "FilesystemStore",
     "FilesystemStoreConfig",
     "ObjectStore",
