@@ -206,7 +206,9 @@ class _Group:
     def __init__(self, seat: Seat, meeting: distributed.TCPStore) -> None:
         self.name = seat.group
         self._timeout = timedelta(seconds=seat.timeout_s)
-        self._device = torch.device("cuda" if seat.backend == "nccl" else "cpu")
+        self._device = (
+            torch.device("cuda", torch.cuda.current_device()) if seat.backend == "nccl" else torch.device("cpu")
+        )
         # Each group on keys, and so on connections, of its own.
         store = distributed.PrefixStore(f"{seat.group}/group", meeting)
         self._group: Any = _FORM[seat.backend](store, seat.rank, seat.size, self._timeout)
