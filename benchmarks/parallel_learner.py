@@ -10,13 +10,15 @@ machine; those who wait compute nothing. Ranks meet over gloo on 127.0.0.1. Prin
   apart      two processes that never speak, each with half of the samples: what two cores give at most on this machine
   traffic    bytes a rank sends per step by the collectives it calls, and the seconds of just these, one after another
   floor      half of one rank's step, plus those seconds: nothing overlaps on a CPU
-  memory     per rank: weights and state that it holds, and peak resident memory beyond that of its imports
+  memory     per rank: weights and state that it holds, and peak resident memory of steps beyond that of its imports
   loss_gap   largest difference to one rank's loss, over the rounds
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import os
@@ -32,6 +34,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed.fsdp  # counted as an import of every case
 from measuring import publish, spread, tell
 from tiny_sd3_64 import PROMPTS, build_model_dir
 from torch import distributed
@@ -119,7 +122,7 @@ class Rank:
         config = model_config(Path(spec["folder"]), spec["tuning"])
         groups = draw_groups(config, spec["num_groups"])
         self._groups = groups[spec["rank"] :: 2] if way.apart else groups
-        imported = _resident("VmRSS")
+        self._imported = _trimmed_bytes()
         num_ranks = 1 if way.apart else way.num_processes
         self._ranks = RankGroup.connect(0 if way.apart else spec["rank"], num_ranks, spec["address"])
         policy: Any = load_policy(config, "learner")
@@ -130,9 +133,11 @@ class Rank:
             learner_config, ALGORITHM, policy, sampler, 1.0, spec["micro_batch"], 0, ranks=self._ranks
         )
         self._policy = policy
-        self._imported = imported
         self._is_sharded = way.sharding == "fsdp"
         self._step = 0
+        # Every rank reads the whole model before it is sharded, which is no part of a step.
+        _trimmed_bytes()
+        Path("/proc/self/clear_refs").write_text("5")
 
     def step(self) -> dict[str, Any]:
         """One learner step, from the moment that all ranks are there."""
@@ -149,13 +154,14 @@ class Rank:
         return {"s": time.perf_counter() - started, "loss": result.metrics["loss"]}
 
     def memory(self) -> dict[str, int]:
-        """What this rank holds, and the most that it held beyond its imports and the samples."""
+        """What this rank holds, and the most that it held in a step beyond its imports and the samples."""
+        peak = _resident("VmHWM") - self._imported
         state = self._learner.state_dict()
         held = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
         frozen = [p for p in self._policy.network.parameters() if not p.requires_grad]
         parts: list[Any] = [p.to_local() if hasattr(p, "to_local") else p for p in frozen]
         held += sum(part.numel() * part.element_size() for part in parts)
-        return {"held_bytes": held, "peak_bytes": _resident("VmHWM") - self._imported}
+        return {"held_bytes": held, "peak_bytes": peak}
 
     def traffic(self, num_forwards: int, num_backwards: int, num_reductions: int) -> dict[str, Any]:
         """The collectives of a step, by bytes that a rank sends, and how long they take with nothing between."""
@@ -192,6 +198,13 @@ class Rank:
             verb, *arguments = json.loads(line)
             print(json.dumps(getattr(self, verb)(*arguments)), flush=True)
         self._ranks.close()
+
+
+def _trimmed_bytes() -> int:
+    """What this process holds once it has given back what it does not use."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return _resident("VmRSS")
 
 
 def _resident(field: str) -> int:
