@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed.fsdp  # counted as an import of every case
+import torch.distributed.fsdp  # pyright: ignore[reportUnusedImport]  # so that it is an import of every case
 from measuring import publish, spread, tell
 from tiny_sd3_64 import PROMPTS, build_model_dir
 from torch import distributed
@@ -56,6 +56,8 @@ ROOT = Path(__file__).parents[1]
 T5_TOKENS = 32
 GROUP_SIZE = 4
 ALGORITHM = NftConfig(num_train_times=2)
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""glibc gives every larger block back at once, so that the peak is what was in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +218,14 @@ def _resident(field: str) -> int:
 class Case:
     """The processes of one way of training, waiting for words."""
 
-    def __init__(self, way: Way, tuning: str, folder: Path, options: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        way: Way,
+        tuning: str,
+        folder: Path,
+        options: argparse.Namespace,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
@@ -227,7 +236,7 @@ class Case:
             subprocess.Popen(
                 [sys.executable, __file__, "--child", json.dumps({**common, "rank": rank})],
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -279,11 +288,23 @@ def measure(tuning: str, folder: Path, options: argparse.Namespace) -> dict[str,
         # Each micro-batch asks the old and the current policy; unreduced gradients of all weights would not be sharded.
         counts = 2 * micro_batches, micro_batches, micro_batches if tuning == "full" else 1
         traffic = {name: cases[name].ask("traffic", *counts)[0] for name in ("replicated", "sharded")}
-        memory = {name: cases[name].ask("memory") for name in ("one", "replicated", "sharded")}
     finally:
         for case in cases.values():
             case.close()
+    memory = {name: peaks(WAYS[name], tuning, folder, options) for name in ("one", "replicated", "sharded")}
     return told(rounds, traffic, memory)
+
+
+def peaks(way: Way, tuning: str, folder: Path, options: argparse.Namespace) -> list[dict[str, int]]:
+    """What each rank of a case holds, in processes of their own: to give memory back at once takes time."""
+    case = Case(way, tuning, folder, options, GIVE_BACK)
+    try:
+        case.answers()
+        for _ in range(2):
+            case.ask("step")
+        return case.ask("memory")
+    finally:
+        case.close()
 
 
 def told(
@@ -317,7 +338,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256, help="of a block; a multiple of 64")
     parser.add_argument("--groups", type=int, default=4, help="prompts of 4 pictures each per step; even")
     parser.add_argument("--micro-batch", type=int, default=4, help="pictures per forward")
-    parser.add_argument("--rounds", type=int, default=5, help="measured turns of each")
+    parser.add_argument("--rounds", type=int, default=4, help="measured turns of each")
     parser.add_argument("--tunings", nargs="+", default=("lora", "full"), choices=("lora", "full"))
     parser.add_argument("--hardware", default="", help="what it runs on, in words, for the JSON")
     parser.add_argument("--json", type=Path, default=None, help="also write the JSON to this file")
