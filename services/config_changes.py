@@ -26,6 +26,8 @@ NEUTRAL: Mapping[str, str] = {
     "num_steps": "no step looks at how many follow; a larger number goes on, a smaller one ends sooner",
     "start_timeout_s": "waiting draws nothing",
     "wait_for_nodes": "as start_timeout_s",
+    "max_learner_restarts": "a step that is done again gives what it gave",
+    "rollout.hung_after_s": "a chunk that is drawn again is the same chunk",
     "rollout.num_actors": "samples are drawn by key, in chunks that do not depend on who draws them",
     "rollout.min_actors": "as num_actors",
     "rollout.max_actors": "as num_actors",
