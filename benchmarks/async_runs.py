@@ -75,10 +75,12 @@ def arguments(method: str, staleness: int, seed: int, options: argparse.Namespac
         "max_staleness": staleness,
         "rollout.num_actors": options.actors,
         "eval.every_steps": options.every,
+        "eval.num_prompts": options.heldout,
         "checkpoint.every_steps": options.steps,
     }
     given = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    return ["quickstart_image", *presets, *given, *changes]
+    joined = ["--address", options.address] if options.address else []
+    return ["quickstart_image", *presets, *given, *changes, *joined]
 
 
 def train(method: str, staleness: int, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -225,7 +227,11 @@ def make_parser() -> argparse.ArgumentParser:
     training.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1")
     training.add_argument("--steps", type=int, default=30, help="learner steps per run")
     training.add_argument("--every", type=int, default=10, help="steps between evaluations")
+    training.add_argument("--heldout", type=int, default=64, help="held-out prompts")
     training.add_argument("--actors", type=int, default=1, help="rollout actors")
+    training.add_argument(
+        "--address", default=None, help="a Ray cluster to join; one per run if absent, which takes longer"
+    )
     training.add_argument("--out", type=Path, default=Path("runs/async"), help="where the runs are kept")
     training.add_argument("--report", type=Path, default=None, help="write REPORT.json, .md and .png")
     simulating = programs.add_parser("simulate", help="throughput and age with more actors, from a recorded run")

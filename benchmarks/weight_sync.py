@@ -1,6 +1,7 @@
 """From the learner's weights to the actors': what each stage takes, and the whole way from publish to visible.
 
     python benchmarks/weight_sync.py --json docs/benchmarks/weight_sync.json
+    python benchmarks/weight_sync.py --stores object_store filesystem collective direct --json weight_stores.json
 
 A learner process and 1 to 4 actor processes on a Ray cluster on this machine, with a network of linear layers of
 Stable Diffusion 3.5 Medium's width, joined by the run's own `RayLearner` and `RayFleet`. Before each round every
@@ -16,6 +17,10 @@ the version, median and p90 of the rounds; its parts are publish (copy to host m
 transfer (into the object store, hand-over by the fleet, mapped by the actor) and pause (the slowest actor's pull: it
 draws nothing meanwhile). `stages_s` times the parts of these alone, one at a time, without Ray: gather, hash, pack,
 unpack, verify, load, fold and re-quantise.
+
+With `--stores`, only this: adapter and full fp32, each by each of the weight stores (`direct` needs the package nixl).
+Whatever the store does in the learner belongs to publish, and in the actor to pause. `floor_s` is what the bytes take
+at the least in this run: one copy in memory, and one write and one read of a file in the folder of the file system.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -45,6 +51,18 @@ from raylign.precision.quantizer import make_quantizer
 from raylign.precision.shadow import Shadow
 from raylign.weight_delta import apply_delta, make_delta, worthwhile_delta
 from raylign.weights import WeightSnapshot, check_contents, make_snapshot, view_snapshot
+from rollout.drawn import Pulled
+from services.weight_stores import (
+    CollectiveStoreConfig,
+    DirectStoreConfig,
+    FilesystemStoreConfig,
+    ObjectStoreConfig,
+    Seat,
+    Ticket,
+    WeightStoreConfig,
+    make_weight_store,
+    take,
+)
 
 ROOT = Path(__file__).parents[1]
 TARGET_S = 0.1
@@ -59,6 +77,10 @@ CASES: dict[str, dict[str, Any]] = {
     "full bf16": {"tuning": "full", "dtype": "bf16"},
     "delta bf16": {"tuning": "full", "dtype": "bf16", "delta": True},
 }
+COMPARED = ("adapter fp32", "full fp32")
+"""Cases in which stores are compared."""
+STORES = ("object_store", "filesystem", "collective", "direct")
+BY_RAY = ObjectStoreConfig()
 FEW = 3
 """Rounds of the stages that take seconds."""
 
@@ -88,8 +110,8 @@ def tuned(case: Mapping[str, Any], num_layers: int, role: str) -> tuple[nn.Modul
 class Source:
     """The learner's process: trained weights that move, and the verbs of a rank that publish them."""
 
-    def prepare(self, case: Mapping[str, Any], num_layers: int, lr: float) -> None:
-        """Start afresh with weights of one kind."""
+    def prepare(self, case: Mapping[str, Any], num_layers: int, lr: float, store: WeightStoreConfig = BY_RAY) -> None:
+        """Start afresh with weights of one kind, to be sent one way."""
         torch.set_num_threads(1)
         _, self._tuned = tuned(case, num_layers, "learner")
         self._dtype = DTYPES[case["dtype"]]
@@ -97,6 +119,7 @@ class Source:
         self._generator = torch.Generator().manual_seed(1)
         self._published: WeightSnapshot | None = None
         self._stamps = (0.0, 0.0)
+        self._store: Any = make_weight_store(store, get)
 
     def move(self) -> None:
         """One AdamW step."""
@@ -109,21 +132,28 @@ class Source:
         tensors = self._tuned.parameters()
         return self._tuned.export(version, {name: tensor.to(self._dtype) for name, tensor in tensors.items()})
 
-    def publish(self, version: int, which: str) -> tuple[WeightSnapshot, str]:
+    def publish(self, version: int, which: str) -> tuple[Ticket, tuple[str, str]]:
         """What `services.worker_actor.Worker` does."""
         began = time.monotonic()
         snapshot = self.snapshot(version)
+        ticket = self._store.put(snapshot, which)
         self._stamps = (began, time.monotonic())
-        return snapshot, snapshot.sha256
+        return ticket, (snapshot.kind, snapshot.sha256)
 
-    def learner_call(self, verb: str, version: int, which: str) -> tuple[WeightSnapshot | None, WeightSnapshot, str]:
-        """`publish_changes`, what `learner.learner.Learner` does."""
+    def send(self, seat: Seat) -> str:
+        """The learner's part of a broadcast."""
+        return self._store.send(seat)
+
+    def publish_changes(
+        self, version: int, which: str
+    ) -> tuple[WeightSnapshot | None, WeightSnapshot, tuple[str, str]]:
+        """The same of what changed, as `learner.learner.Learner` finds it."""
         began = time.monotonic()
         whole, base = self.snapshot(version), self._published
         self._published = whole
         delta = None if base is None else worthwhile_delta(base, whole)
         self._stamps = (began, time.monotonic())
-        return delta, whole, (delta or whole).kind
+        return delta, whole, ((delta or whole).kind, whole.sha256)
 
     def stamps(self) -> tuple[float, float]:
         """When the last publish began and ended."""
@@ -133,12 +163,13 @@ class Source:
 class Sink:
     """An actor's process: weights that are pulled."""
 
-    def prepare(self, case: Mapping[str, Any], num_layers: int) -> None:
+    def prepare(self, case: Mapping[str, Any], num_layers: int, store: WeightStoreConfig = BY_RAY) -> None:
         """Start afresh, holding nothing."""
         torch.set_num_threads(1)
         self._network, self._tuned = tuned(case, num_layers, "actor")
         self._held: WeightSnapshot | None = None
         self._pulled: dict[str, Any] = {}
+        self._store: Any = make_weight_store(store, get)
 
     def ping(self) -> str:
         """For the fleet."""
@@ -148,15 +179,21 @@ class Sink:
         """For the fleet."""
         return func(self, *args, **kwargs)
 
-    def pull(self, snapshot: WeightSnapshot, slot: str) -> int:
-        """Unpack a delta, verify and load."""
+    def pull(self, snapshot: Ticket, slot: str) -> Pulled:
+        """Fetch, unpack a delta, verify and load."""
         began = time.monotonic()
-        num_bytes, kind = snapshot.num_bytes, snapshot.kind
-        whole = apply_delta(self._held, snapshot) if snapshot.kind == "delta" else snapshot
-        self._tuned.load(whole)
-        self._held = whole
+
+        def load(fetched: WeightSnapshot) -> None:
+            whole = apply_delta(self._held, fetched) if fetched.kind == "delta" else fetched
+            self._tuned.load(whole)
+            self._held = whole
+
+        _, came = take(self._store, snapshot, load)
+        num_bytes, kind = came.snapshot.num_bytes, came.snapshot.kind
+        if came.detour:
+            raise SystemExit(f"not by the store that was asked for: {came.detour}")
         self._pulled = {"began": began, "ended": time.monotonic(), "bytes": num_bytes, "kind": kind}
-        return snapshot.version
+        return Pulled(came.snapshot.version, num_bytes, 0.0)
 
     def pulled(self) -> dict[str, Any]:
         """When the last pull began and ended, and what travelled."""
@@ -170,37 +207,53 @@ async def measure_all(layers: Mapping[str, int], options: argparse.Namespace) ->
     from services.fleet import RayFleet
 
     remote: Any = ray.remote
-    source = remote(Source).options(num_cpus=0).remote()
-    sinks = [remote(Sink).options(num_cpus=0).remote() for _ in range(max(options.actors))]
+    ours = {"num_cpus": 0, "enable_tensor_transport": "direct" in options.stores}
+    source = remote(Source).options(**ours).remote()
+    sinks = [remote(Sink).options(**ours).remote() for _ in range(max(options.actors))]
     # Closing a fleet ends its actors.
     fleets = {count: RayFleet(sinks[:count]) for count in options.actors}
-    found: dict[str, dict[str, Any]] = {name: {} for name in layers}
+    stores = {f" by {kind}": stores_of(options)[kind] for kind in options.stores} or {"": BY_RAY}
+    found: dict[str, dict[str, Any]] = {name + way: {} for name in layers for way in stores}
     for name, num_layers in layers.items():
         for count, fleet in fleets.items():
-            rows = await measure(CASES[name], num_layers, source, sinks[:count], fleet, options)
-            found[name][str(count)] = summary(rows)
+            for way, store in stores.items():
+                rows = await measure(CASES[name], num_layers, source, sinks[:count], fleet, options, store)
+                found[name + way][str(count)] = summary(rows)
     for fleet in fleets.values():
         await fleet.close()
     return found
 
 
 async def measure(
-    case: Mapping[str, Any], num_layers: int, source: Any, sinks: list[Any], fleet: Any, options: argparse.Namespace
+    case: Mapping[str, Any],
+    num_layers: int,
+    source: Any,
+    sinks: list[Any],
+    fleet: Any,
+    options: argparse.Namespace,
+    store: WeightStoreConfig,
 ) -> list[dict[str, Any]]:
     """The whole way, in rounds; the first two are left out."""
-    from services.ray_learner import Publication, RayLearner
+    import ray
+
+    from services.publication import Broadcasts
+    from services.ray_learner import RayLearner
 
     lr = options.adapter_lr if case["tuning"] == "lora" else options.full_lr
     await asyncio.gather(
-        source.prepare.remote(case, num_layers, lr), *(sink.prepare.remote(case, num_layers) for sink in sinks)
+        source.prepare.remote(case, num_layers, lr, store),
+        *(sink.prepare.remote(case, num_layers, store) for sink in sinks),
     )
-    learner = RayLearner([source], deltas=case.get("delta", False))
+    broadcasts = None
+    if isinstance(store, CollectiveStoreConfig):
+        broadcasts = Broadcasts(source, "gloo", store.timeout_s, ray.util.get_node_ip_address())
+    learner = RayLearner([source], deltas=case.get("delta", False), broadcasts=broadcasts)
     rows: list[dict[str, Any]] = []
     for version in range(options.rounds + 2):
         await source.move.remote()
         began = time.monotonic()
         published = await learner.publish(version, "rollout")
-        await fleet.pull(published.newest if isinstance(published, Publication) else published, "rollout")
+        await fleet.pull(published, "rollout")
         ended = time.monotonic()
         first, done = await source.stamps.remote()
         pulls = await asyncio.gather(*(sink.pulled.remote() for sink in sinks))
@@ -316,6 +369,38 @@ def num_layers_of(case: Mapping[str, Any], options: argparse.Namespace) -> int:
     return max(1, round(options.full_mb * 1e6 / (WIDTH**2 * 4)))
 
 
+def get(reference: Any) -> Any:
+    """What a reference into Ray's object store stands for."""
+    import ray
+
+    return ray.get(reference)
+
+
+def stores_of(options: argparse.Namespace) -> dict[str, WeightStoreConfig]:
+    """The ways to compare."""
+    ways: dict[str, Callable[[], WeightStoreConfig]] = {
+        "object_store": ObjectStoreConfig,
+        "filesystem": lambda: FilesystemStoreConfig(path=str(options.folder)),
+        "collective": lambda: CollectiveStoreConfig(backend="gloo"),
+        "direct": DirectStoreConfig,
+    }
+    return {kind: ways[kind]() for kind in options.stores}
+
+
+def floors(num_bytes: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What so many bytes take at the least: one copy in memory; a file written and read in the same folder."""
+    data = np.random.default_rng(0).integers(0, 255, num_bytes, np.uint8)
+    copy, path = np.empty_like(data), options.folder / "floor"
+    found = {
+        "num_bytes": num_bytes,
+        "memory_copy": timed(options.rounds, lambda: np.copyto(copy, data)),
+        "file_write": timed(options.rounds, lambda: data.tofile(path)),
+        "file_read": timed(options.rounds, lambda: np.fromfile(path, np.uint8)),
+    }
+    path.unlink()
+    return found
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -326,6 +411,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11, help="measured versions of each")
     parser.add_argument("--adapter-lr", type=float, default=3e-4, help="learning rate of an adapter")
     parser.add_argument("--full-lr", type=float, default=1e-5, help="learning rate of all weights: how much changes")
+    parser.add_argument("--stores", nargs="+", default=(), choices=STORES, help="compare these ways, and nothing else")
+    parser.add_argument("--folder", type=Path, default=None, help="for filesystem; a temporary one when not given")
     parser.add_argument("--format", default="nvfp4", choices=("fp8", "nvfp4", "mxfp4"), help="of the folded weights")
     parser.add_argument("--hardware", default="", help="what it runs on, in words, for the JSON")
     parser.add_argument("--json", type=Path, default=None, help="also write the JSON to this file")
@@ -335,10 +422,15 @@ def main() -> None:
     prepare_environment()
     torch.set_num_threads(1)
     load_before = os.getloadavg()[0]
-    layers = {name: num_layers_of(CASES[name], options) for name in options.cases}
-    alone = {name: stages(name, layers[name], options) for name in options.cases}
-    with tempfile.TemporaryDirectory() as scratch, local_cluster(1 + max(options.actors), Path(scratch)):
-        ways = asyncio.run(measure_all(layers, options))
+    cases = [case for case in options.cases if case in COMPARED] if options.stores else options.cases
+    layers = {name: num_layers_of(CASES[name], options) for name in cases}
+    alone = {} if options.stores else {name: stages(name, layers[name], options) for name in cases}
+    with tempfile.TemporaryDirectory() as scratch:
+        options.folder = options.folder or Path(scratch)
+        with local_cluster(1 + max(options.actors), Path(scratch)):
+            ways = asyncio.run(measure_all(layers, options))
+        sizes = {row["sent_bytes"] for by_count in ways.values() for row in by_count.values()} if options.stores else ()
+        least = [floors(num_bytes, options) for num_bytes in sorted(sizes)]
     report: dict[str, Any] = {
         "command": shlex.join(["python", "benchmarks/weight_sync.py", *sys.argv[1:]]),
         "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
@@ -349,6 +441,8 @@ def main() -> None:
         "by_actors": ways,
         "stages_s": alone,
     }
+    if options.stores:
+        report |= {"floor_s": least, "folder": str(options.folder)}
     if "adapter fp32" in ways and "1" in ways["adapter fp32"]:
         found = ways["adapter fp32"]["1"]["visible_s"]
         report["adapter_visible_within_target"] = {

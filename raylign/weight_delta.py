@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from raylign.errors import WeightError
-from raylign.weights import BaseVersion, WeightSnapshot, check_contents, in_threads
+from raylign.weights import BaseVersion, TornSnapshotError, WeightSnapshot, check_contents, in_threads
 
 _BLOCK = 1 << 16
 """Elements per block: few enough for the cache (4 times faster than 2^18), enough for the codec."""
@@ -140,8 +140,10 @@ def _cut(delta: WeightSnapshot, blocks: list[_Block], itemsizes: Mapping[str, in
     return packed
 
 
-def _torn(delta: WeightSnapshot) -> WeightError:
-    return WeightError(f"snapshot {delta.version} is torn: its changes cannot be unpacked; pull it again, or whole")
+def _torn(delta: WeightSnapshot) -> TornSnapshotError:
+    return TornSnapshotError(
+        f"snapshot {delta.version} is torn: its changes cannot be unpacked; pull it again, or whole"
+    )
 
 
 def _to_planes(old: np.ndarray, new: np.ndarray) -> np.ndarray:

@@ -40,6 +40,10 @@ _MOST_THREADS = 4
 _THREADS_FROM_BYTES = 1 << 20
 
 
+class TornSnapshotError(WeightError):
+    """What arrived is not what was published: once it is published again, it may well arrive whole."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     """Where one tensor lies: `offset` and the product of `shape` count elements of the `dtype` array."""
@@ -154,9 +158,11 @@ def view_snapshot(snapshot: WeightSnapshot, expected: Mapping[str, tuple[int, ..
 
 
 def check_contents(snapshot: WeightSnapshot) -> None:
-    """Hash everything. Raises WeightError if the index or a tensor of a whole snapshot is not what was published."""
+    """Hash everything. Raises TornSnapshotError if the index or a tensor of a whole snapshot is not as published."""
     if weights_sha256(snapshot.entries) != snapshot.sha256:
-        raise WeightError(f"snapshot {snapshot.version} has an index that does not fit its hash; publish it again")
+        raise TornSnapshotError(
+            f"snapshot {snapshot.version} has an index that does not fit its hash; publish it again"
+        )
 
     def is_whole(entry: TensorEntry) -> bool:
         flat = _flat(snapshot, entry)
@@ -164,7 +170,9 @@ def check_contents(snapshot: WeightSnapshot) -> None:
 
     for entry, whole in zip(snapshot.entries, in_threads(is_whole, snapshot.entries, snapshot.num_bytes), strict=True):
         if not whole:
-            raise WeightError(f"snapshot {snapshot.version}: {entry.name} is torn (its hash differs); pull it again")
+            raise TornSnapshotError(
+                f"snapshot {snapshot.version}: {entry.name} is torn (its hash differs); pull it again"
+            )
 
 
 def in_threads(work: Callable[[_T], _R], items: Iterable[_T], num_bytes: int) -> list[_R]:

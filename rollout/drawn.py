@@ -77,6 +77,7 @@ class Pulled:
     """What loading a snapshot took: which it was, its bytes, and seconds to verify and swap it in.
 
     requantise_s, packed_bytes: making the low-precision copies anew from it, and their size; 0 where there are none.
+    detour: why it did not come by the weight store that is configured; empty when it did.
     """
 
     version: WeightVersion
@@ -84,6 +85,7 @@ class Pulled:
     load_s: float
     requantise_s: float = 0.0
     packed_bytes: int = 0
+    detour: str = ""
 
 
 class Denoiser(Protocol):

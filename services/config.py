@@ -48,6 +48,8 @@ from services.reward_config import ServiceConfig
 from services.staleness import AsyncGuardConfig
 from services.text_checks import check_text_run
 from services.tracking import TrackingConfig
+from services.weight_store_checks import check_weight_store
+from services.weight_stores import ObjectStoreConfig, WeightStoreConfig
 
 Placement = Literal["in_process", "colocated", "separate"]
 
@@ -164,6 +166,7 @@ class RunConfig(Config):
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
     nodes: NodesConfig = NodesConfig()
+    weight_store: WeightStoreConfig = ObjectStoreConfig()
     async_guard: AsyncGuardConfig = AsyncGuardConfig()
     guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -264,6 +267,14 @@ class RunConfig(Config):
         )
         if self.learner.publish == "packed":
             check_packed_publication(self.model.tuning, self.rollout.precision, self.rollout.explore)
+        check_weight_store(
+            self.weight_store,
+            self.placement,
+            self.max_staleness,
+            self.rollout.num_gpus,
+            self.learner.num_gpus_per_rank,
+            self.rollout.hung_after_s,
+        )
         if self.placement == "in_process" and self.max_staleness:
             raise ValueError(
                 f"in_process runs one thing at a time, so max_staleness must be 0, got {self.max_staleness}"

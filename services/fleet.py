@@ -31,14 +31,15 @@ from ray.exceptions import (
 
 from raylign.errors import ClusterError, RaylignError
 from raylign.types import RolloutGroup
+from raylign.weights import TornSnapshotError
 from rollout.drawn import Pulled, Slot
 from rollout.engine import ChunkRequest, Probe, WeightSlot
 from services.elastic import PoolStatus, who_leaves
 from services.fleet_calls import Absence, Call, Pool, plain_error
 from services.patience import Patience
+from services.publication import Mending, Publication
 from services.ray_actors import Actors, RayActors
 from services.ray_errors import NotPulledError, unwrap
-from services.ray_learner import Publication
 from services.roles import SnapshotHandle
 
 # A second chunk waits at each actor, so that it never idles for a round trip.
@@ -74,6 +75,7 @@ class RayFleet:
         self._new: set[int] = set()
         self._leaving: set[int] = set()
         self._snapshots: dict[WeightSlot, SnapshotHandle] = {}
+        self._mending: dict[WeightSlot, Mending] = {}
         self._tags = (f"call-{n}" for n in itertools.count())
         self._pump_task: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
@@ -103,13 +105,33 @@ class RayFleet:
         return await self._submit("precision_report", {})
 
     async def pull(self, snapshot: SnapshotHandle, slot: WeightSlot) -> list[Pulled]:
-        """Every healthy actor loads it; one that is away pulls it when it comes back. One report per healthy actor."""
-        whole, newest = snapshot, snapshot
-        if isinstance(snapshot, Publication):
-            whole, newest = snapshot.whole, snapshot.newest
-        self._snapshots[slot] = whole
-        reports = await self._on_every_actor("pull", {"snapshot": newest, "slot": slot})
+        """Every healthy actor loads it; one that is away pulls it when it comes back. One report per healthy actor.
+
+        An actor that gets it torn is away until it was published again.
+        """
+        published = snapshot if isinstance(snapshot, Publication) else Publication(snapshot, snapshot)
+        self._hold(published, slot)
+        actor_ids = self._pulling()
+        broadcast = published.seat(actor_ids) if published.seat is not None else None
+
+        async def one(actor_id: int) -> Pulled | None:
+            ticket = published.newest if broadcast is None else broadcast.tickets[actor_id]
+            report = await self._submit("pull", {"snapshot": ticket, "slot": slot}, actor_id)
+            if broadcast is not None and (report is None or report.detour):
+                broadcast.lost(actor_id)
+            return report
+
+        reports = await asyncio.gather(*(one(actor_id) for actor_id in actor_ids))
+        if broadcast is not None:
+            await broadcast.ended()
         return [report for report in reports if report is not None]
+
+    def _hold(self, published: Publication, slot: WeightSlot) -> None:
+        """Whoever comes back pulls this from now on."""
+        self._snapshots[slot] = published.whole
+        if slot in self._mending:
+            self._mending[slot].close()
+        self._mending[slot] = Mending(published.again, lambda whole: self._snapshots.update({slot: whole}))
 
     @property
     def num_restarts(self) -> int:
@@ -144,7 +166,7 @@ class RayFleet:
         """
         for call in self._unfinished():
             call.future.cancel()
-        self._snapshots.clear()
+        self._forget_weights()
         self._failure = None
 
     def status(self) -> PoolStatus:
@@ -172,6 +194,7 @@ class RayFleet:
             await asyncio.gather(self._pump_task, return_exceptions=True)
         for call in self._unfinished():
             call.future.cancel()
+        self._forget_weights()
         self._pool = Pool()
         self._manager.clear()
 
@@ -193,13 +216,22 @@ class RayFleet:
         self._manager.set_healthy(actor_id, False)
         self._absent[actor_id] = Absence(self._watched_s, hung)
 
+    def _forget_weights(self) -> None:
+        for mending in self._mending.values():
+            mending.close()
+        self._mending.clear()
+        self._snapshots.clear()
+
+    def _pulling(self) -> list[int]:
+        """Actors that take part in what concerns every healthy one."""
+        return [actor_id for actor_id in self._manager.healthy() if actor_id not in self._leaving]
+
     def _staying(self) -> list[int]:
         return [actor_id for actor_id in self._manager.ids() if actor_id not in self._leaving]
 
     async def _on_every_actor(self, verb: str, kwargs: dict[str, Any]) -> list[Any]:
         """One answer per healthy actor, None for those that die meanwhile."""
-        healthy = [actor_id for actor_id in self._manager.healthy() if actor_id not in self._leaving]
-        return await asyncio.gather(*(self._submit(verb, kwargs, actor_id) for actor_id in healthy))
+        return await asyncio.gather(*(self._submit(verb, kwargs, actor_id) for actor_id in self._pulling()))
 
     async def _submit(self, verb: str, kwargs: dict[str, Any], actor_id: int | None = None) -> Any:
         if self._failure is not None:
@@ -286,6 +318,8 @@ class RayFleet:
                 continue
             if not answer.failed:
                 call.future.set_result(answer.outcome)
+            elif self._may_mend(call, answer.outcome):
+                call.future.set_result(None)
             elif call.restoring:
                 self._cannot_restore(answer.actor_id, plain_error(call, answer.outcome))
             else:
@@ -294,6 +328,15 @@ class RayFleet:
         self._look_for_hung()
         self._reclaim()
         self._new.difference_update(self._in_service())
+
+    def _may_mend(self, call: Call, error: Exception) -> bool:
+        """Whether an actor got weights torn that are, or will be, published again: it is out of service until then."""
+        plain = unwrap(error)
+        slot = call.kwargs.get("slot")
+        if call.verb != "pull" or not isinstance(plain, TornSnapshotError) or slot not in self._mending:
+            return False
+        self._problem = str(plain)
+        return self._mending[slot].may_mend(call.kwargs["snapshot"], self._snapshots[slot])
 
     def _cannot_restore(self, actor_id: int, error: BaseException) -> None:
         """An actor would go on with other weights than the rest, or none. One that is new was not needed before."""
@@ -381,6 +424,9 @@ class RayFleet:
         if error is not None:
             absence.asked = False
             self._silent(actor_id, unwrap(error))
+            return
+        if any(mending.is_torn for mending in self._mending.values()):
+            absence.asked = False
             return
         del self._absent[actor_id]
         self._num_restarts += actor_id not in self._new

@@ -10,8 +10,9 @@ from rollout.drawn import Pulled
 def pull_metrics(pulled: Sequence[Pulled]) -> dict[str, float]:
     """The slowest actor's seconds and the bytes of one pull; of low-precision copies only where there are any.
 
-    `pull/bytes` is the snapshot, `pull/packed_bytes` the low-precision weights made from it. Empty when no actor
-    answered.
+    `pull/bytes` is the snapshot, `pull/packed_bytes` the low-precision weights made from it. `pull/detours` counts,
+    where there are any, actors that took it from the object store because the configured store failed. Empty when no
+    actor answered.
     """
     if not pulled:
         return {}
@@ -22,4 +23,5 @@ def pull_metrics(pulled: Sequence[Pulled]) -> dict[str, float]:
     if any(one.packed_bytes for one in pulled):
         metrics["pull/requantise_s"] = max(one.requantise_s for one in pulled)
         metrics["pull/packed_bytes"] = float(max(one.packed_bytes for one in pulled))
-    return metrics
+    detours = sum(bool(one.detour) for one in pulled)
+    return metrics | ({"pull/detours": float(detours)} if detours else {})

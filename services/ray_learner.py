@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,12 @@ import torch
 from ray.actor import ActorHandle
 
 from learner.checkpoint import new_token
+from raylign.errors import WeightError
 from raylign.types import RolloutGroup, StepResult, WeightVersion
 from rollout.engine import Probe
+from services.publication import Broadcasts, Publication
 from services.ray_errors import answer
 from services.roles import WhichPolicy
-
-
-@dataclass(frozen=True, slots=True)
-class Publication:
-    """One published version, as references.
-
-    newest: for an actor that holds the version before: what changed since, or the whole where that is not much more.
-    whole: for everybody else.
-    """
-
-    newest: ray.ObjectRef
-    whole: ray.ObjectRef
 
 
 class RayLearner:
@@ -40,12 +29,21 @@ class RayLearner:
     awaited in between, so that every rank does the same things in the same order.
     """
 
-    def __init__(self, ranks: Sequence[ActorHandle], deltas: bool = False, *, sharded: bool = False) -> None:
-        """`deltas`: publish what changed since the last version, beside the whole. `sharded`: a rank holds its part
-        of the weights only."""
+    def __init__(
+        self,
+        ranks: Sequence[ActorHandle],
+        deltas: bool = False,
+        broadcasts: Broadcasts | None = None,
+        sharded: bool = False,
+    ) -> None:
+        """`deltas`: publish what changed since the last version, beside the whole. `broadcasts`: seat the actors.
+
+        `sharded`: a rank holds only its part of the weights.
+        """
         self._ranks = tuple(ranks)
         self._sharded = sharded and len(self._ranks) > 1
         self._deltas = deltas
+        self._broadcasts = broadcasts
 
     async def begin_step(self, groups: Sequence[RolloutGroup], step: int) -> Mapping[str, float]:
         return await self._call("begin_step", ray.put(list(groups)), step)
@@ -62,24 +60,41 @@ class RayLearner:
     async def adjust(self, lr_scale: float, kl_scale: float) -> None:
         await self._call("adjust", lr_scale, kl_scale)
 
-    async def publish(self, version: WeightVersion, which: WhichPolicy) -> ray.ObjectRef | Publication:
-        """A reference, or two: the snapshot itself goes from the learner's node straight to the actors.
+    async def publish(self, version: WeightVersion, which: WhichPolicy) -> Publication:
+        """References to tickets, which go from the learner's node straight to the actors.
 
-        The receipt that comes with it is awaited, so a learner that dies while it publishes is noticed here.
+        The receipt that comes with them is awaited, so a learner that dies while it publishes is noticed here.
         """
         if self._deltas:
-            return await self._publish_changes(version, which)
-        references: Any = self._ranks[0].publish.options(num_returns=2).remote(version, which)
-        snapshot, receipt = references
-        await asyncio.gather(answer(receipt), *self._contributions(which))
-        return snapshot
+            (changes, whole), (kind, sha256) = await self._ask_to_publish("publish_changes", 2, version, which)
+            newest = changes if kind == "delta" else whole
+        else:
+            (whole,), (_, sha256) = await self._ask_to_publish("publish", 1, version, which)
+            newest = whole
 
-    async def _publish_changes(self, version: WeightVersion, which: WhichPolicy) -> Publication:
-        call = self._ranks[0].learner_call.options(num_returns=3)
-        references: Any = call.remote("publish_changes", version, which)
-        delta, whole, kind = references
-        sent, *_ = await asyncio.gather(answer(kind), *self._contributions(which))
-        return Publication(delta if sent == "delta" else whole, whole)
+        async def again() -> ray.ObjectRef:
+            return await self._publish_again(version, which, sha256)
+
+        broadcasts = self._broadcasts
+        if broadcasts is None:
+            return Publication(newest, whole, again)
+        return Publication(newest, whole, again, lambda actors: broadcasts.begin(actors, which, sha256, whole))
+
+    async def _publish_again(self, version: WeightVersion, which: WhichPolicy, sha256: str) -> ray.ObjectRef:
+        """The whole anew. Raises WeightError if the learner has other weights by now."""
+        (whole,), (_, found) = await self._ask_to_publish("publish", 1, version, which)
+        if found != sha256:
+            raise WeightError(f"snapshot {version} cannot be published again: the learner has gone on")
+        return whole
+
+    async def _ask_to_publish(
+        self, verb: str, num_tickets: int, version: WeightVersion, which: WhichPolicy
+    ) -> tuple[list[ray.ObjectRef], tuple[str, str]]:
+        """References to rank 0's tickets, and its receipt: kind and hash of what it published."""
+        call = getattr(self._ranks[0], verb).options(num_returns=num_tickets + 1)
+        *tickets, receipt = call.remote(version, which)
+        kind_and_hash, *_ = await asyncio.gather(answer(receipt), *self._contributions(which))
+        return tickets, kind_and_hash
 
     def _contributions(self, which: WhichPolicy) -> list[Coroutine[Any, Any, Any]]:
         """What the other ranks do while rank 0 gathers sharded weights."""

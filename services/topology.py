@@ -33,6 +33,7 @@ from services.ray_errors import answer
 from services.roles import Fleet, LearnerRole, Scorer
 from services.run_name import new_run_name
 from services.scoring import HttpScorer, WithLightMetrics
+from services.weight_stores import DirectStoreConfig
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -325,10 +326,14 @@ class Workers:
 
     def learner(self) -> LearnerRole:
         """The ranks as one learner."""
+        from services.publication import make_broadcasts
         from services.ray_learner import RayLearner
 
         learner = self._config.learner
-        return RayLearner(self.ranks, deltas=learner.publish == "delta", sharded=learner.sharding == "fsdp")
+        broadcasts = make_broadcasts(self._config, self.ranks[0])
+        return RayLearner(
+            self.ranks, deltas=learner.publish == "delta", sharded=learner.sharding == "fsdp", broadcasts=broadcasts
+        )
 
     def fixed_fleet(self) -> RayFleet:
         """The colocated workers as a fleet."""
@@ -382,6 +387,8 @@ class Workers:
         else:
             options["label_selector"] = selector(ray.nodes(), role, place.labels) or None
             options["scheduling_strategy"] = "SPREAD" if place.spread else "DEFAULT"
+        if isinstance(config.weight_store, DirectStoreConfig):
+            options["enable_tensor_transport"] = True
         return ray.remote(kind).options(**options).remote(config, kind is not LearnerWorker, rank)
 
 

@@ -6,6 +6,7 @@ import os
 import resource
 import socket
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from services.assembly import build_engine, build_learner
 from services.config import RunConfig
 from services.ray_errors import NotPulledError
 from services.roles import WhichPolicy
+from services.weight_stores import Seat, Ticket, make_weight_store, take
 
 
 class Worker:
@@ -38,6 +40,7 @@ class Worker:
             # What a constructor raises reaches the driver as the text of a dead actor; a ping's answer as itself.
             self._refusal = error
         self._learner: Any = None
+        self._weights: Any = make_weight_store(config.weight_store, ray.get)
         self._pulled: set[WeightSlot] = set()
 
     def ping(self) -> str:
@@ -75,12 +78,15 @@ class Worker:
     def precision_report(self) -> dict[Slot, str]:
         return self._engine.precision_report  # type: ignore[union-attr]
 
-    def pull(self, snapshot: WeightSnapshot, slot: WeightSlot) -> Pulled:
-        if snapshot.kind == "delta":
-            self._check_pulled(slot)
-        report = self._engine.pull(snapshot, slot)  # type: ignore[union-attr]
+    def pull(self, snapshot: Ticket, slot: WeightSlot) -> Pulled:
+        def load(fetched: WeightSnapshot) -> Pulled:
+            if fetched.kind == "delta":
+                self._check_pulled(slot)
+            return self._engine.pull(fetched, slot)  # type: ignore[union-attr]
+
+        report, fetched = take(self._weights, snapshot, load)
         self._pulled.add(slot)
-        return report
+        return replace(report, detour=fetched.detour)
 
     def _check_pulled(self, slot: WeightSlot) -> None:
         """Tell the fleet, which may not know that this process is a new one."""
@@ -97,10 +103,22 @@ class Worker:
         """Run one verb of the learner."""
         return getattr(self._learner, verb)(*args)
 
-    def publish(self, version: WeightVersion, which: WhichPolicy) -> tuple[WeightSnapshot, str]:
-        """A snapshot, and its hash as a receipt that is cheap to fetch."""
+    def publish(self, version: WeightVersion, which: WhichPolicy) -> tuple[Ticket, tuple[str, str]]:
+        """A ticket, and kind and hash of the snapshot as a receipt that is cheap to fetch."""
         snapshot = self._learner.publish(version, which)
-        return snapshot, snapshot.sha256
+        return self._weights.put(snapshot, which), (snapshot.kind, snapshot.sha256)
+
+    def publish_changes(
+        self, version: WeightVersion, which: WhichPolicy
+    ) -> tuple[Ticket | None, Ticket, tuple[str, str]]:
+        """Tickets of what changed, if that is worth sending, and of the whole; and the receipt of what to send."""
+        delta, whole, kind = self._learner.publish_changes(version, which)
+        whole_ticket = self._weights.put(whole, which)
+        return None if delta is None else self._weights.put(delta, which), whole_ticket, (kind, whole.sha256)
+
+    def send(self, seat: Seat) -> str:
+        """The learner's part of a broadcast; why it failed, if it did."""
+        return self._weights.send(seat)  # seats are given where the store is collective
 
     def save(self, folder: str, record: Mapping[str, Any]) -> None:
         save_checkpoint(Path(folder), self._learner.state_dict(), record)

@@ -6,6 +6,8 @@ the others, on its device and on the host apart. Where a probe ran, processes an
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -214,20 +216,23 @@ def _rank_parts(
 ) -> list[Part]:
     learner, on_gpu = config.learner, config.learner.num_gpus_per_rank > 0
     lora = config.model.tuning == "lora"
-    trained = FP32 * sizes.num_trained
+    shards = learner.num_ranks if learner.sharding == "fsdp" else 1
+    whole = FP32 * sizes.num_trained
+    trained = whole // shards
     base = DTYPES[learner.precision if lora else "fp32"].itemsize
-    built = [Part("network", base * sizes.num_network)]
+    built = [Part("network", base * sizes.num_network // shards)]
     built += [Part("adapter", trained)] if lora else []
     relatives = _relatives(config)
     built += [Part("gradients", trained), *(Part(f"{name} policy", trained) for name in relatives)]
     moments = Part("AdamW's two moments", 2 * trained)
+    gathered = [Part("blocks gathered from other ranks", _gathered(sizes, base))] if shards > 1 else []
     samples = Part("the step's samples", _samples_bytes(config, kept, batches, drawn), "host")
     snapshots = 2 if learner.publish == "delta" else 1
     published = payload_bytes(config, sizes)
     if config.placement != "in_process":
         published *= STORE_VERSIONS + snapshots - 1
     host = [samples, Part("published versions", published, "host")]
-    saved = Part("a checkpoint's copy and its file", 2 * (3 + len(relatives)) * trained, "host", passing=True)
+    saved = Part("a checkpoint's copy and its file", 2 * (3 + len(relatives)) * whole, "host", passing=True)
     if seen is None:
         passing: list[Part] = []
         if kept is not None:
@@ -243,13 +248,16 @@ def _rank_parts(
         if not lora and learner.precision == "bf16":
             built.append(Part("weights cast to bf16", 2 * sizes.num_trained))
         process = TYPICAL_PROCESS[config.modality] + RAY_WORKER
-        return [Part("process", process, "host"), *_context(on_gpu), *built, moments, *passing, *host, saved]
-    process, measured = _process(seen, sum(part.num_bytes or 0 for part in built), on_gpu)
-    work = max(0, measured - 2 * trained - (0 if on_gpu else FP32 * sizes.num_trained))
+        return [Part("process", process, "host"), *_context(on_gpu), *built, *gathered, moments, *passing, *host, saved]
+    # The probe's one rank holds everything whole, whatever the run's ranks do.
+    alone = base * sizes.num_network + (whole if lora else 0) + whole * (1 + len(relatives))
+    process, measured = _process(seen, alone, on_gpu)
+    work = max(0, measured - 2 * whole - (0 if on_gpu else whole))
     return [
         process,
         *_context(on_gpu),
         *built,
+        *gathered,
         moments,
         Part("activations and working memory, measured", work, passing=True),
         *host,
@@ -265,6 +273,16 @@ def _process(seen: Mapping[str, Any], built: int, on_gpu: bool) -> tuple[Part, i
     return Part("process", int(seen["built_bytes"]) - built + RAY_WORKER, "host"), int(
         seen.get("trained_peak_bytes", seen["peak_bytes"])
     ) - int(seen["built_bytes"])
+
+
+def _gathered(sizes: ModelSizes, base: int) -> int:
+    """Two blocks whole, the one that computes and the next: the largest numbered part of the network's names."""
+    by_block: dict[str, int] = {}
+    for name, shape in sizes.network.items():
+        found = re.match(r"(.*?\.\d+)\.", name)
+        block = found[1] if found else ""
+        by_block[block] = by_block.get(block, 0) + math.prod(shape)
+    return 2 * base * max(by_block.values())
 
 
 def _relatives(config: RunConfig) -> list[str]:

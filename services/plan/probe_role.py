@@ -162,7 +162,7 @@ def play_learner(folder: Path) -> dict[str, Any]:
     _load("services.worker_actor")
     config = read_resolved_config(folder / "config.toml")
     passes = min(2, config.learner.num_updates)
-    alone = {"updates_per_step": 1, "epochs_per_step": passes, "num_ranks": 1}
+    alone = {"updates_per_step": 1, "epochs_per_step": passes, "num_ranks": 1, "sharding": "none"}
     config = config.model_copy(update={"learner": config.learner.model_copy(update=alone)})
     groups = _filled(load_groups(folder), config)
     imported = _resident()

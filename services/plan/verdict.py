@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from learner.learner import LearnerConfig
 from raylign.config import with_overrides
 from raylign.errors import ConfigError
 from services.config import RunConfig
@@ -112,8 +111,6 @@ def _remedies(
     helpful: list[Remedy] = []
     together: dict[str, str] = {}
     for key, value in keys:
-        if key == "learner.sharding" and "sharding" not in LearnerConfig.model_fields:
-            continue
         for size in _values(config, key, value):
             alone = _planned(config, {key: size}, role, here, plan)
             if alone is None or alone >= _on_one(role, here):

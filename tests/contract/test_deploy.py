@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import stat
 import subprocess
 import tomllib
@@ -424,6 +425,39 @@ def test_a_job_that_is_started_again_goes_on_from_its_checkpoint(tmp_path: Path)
     assert (aside / "config.toml").exists(), "what died before its first checkpoint is kept"
     (run / "checkpoints" / "step_20").mkdir(parents=True)
     assert _train_or_resume(tmp_path, str(run), "quickstart_image") == f"resume {run} --address auto"
+
+
+STOPPABLE = """#!/bin/sh
+status=finished
+trap 'status=stopped' TERM
+echo up
+while [ $status = finished ] && [ "$2" = endless ]; do sleep 0.05; done
+mkdir -p run
+echo "{\\"status\\": \\"$status\\"}" > run/summary.json
+"""
+"""A `raylign` that stops when it is told to, as the real one does: after a while, with a summary, and with 0."""
+
+
+def test_a_job_that_was_stopped_is_not_done(tmp_path: Path) -> None:
+    run, commands = tmp_path / "run", tmp_path / "bin"
+    commands.mkdir()
+    (commands / "raylign").write_text(STOPPABLE)
+    (commands / "raylign").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}"}
+    for config, expected in (("endless", 75), ("short", 0)):
+        job = subprocess.Popen(
+            [str(ROOT / "docker" / "train-or-resume"), str(run), config],
+            env=environment,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert job.stdout is not None
+        with job.stdout:
+            assert job.stdout.readline() == b"up\n"
+            if config == "endless":
+                os.killpg(job.pid, signal.SIGTERM)
+            assert job.wait(10) == expected
 
 
 def test_the_script_is_executable_and_speaks_the_shell_that_images_have() -> None:

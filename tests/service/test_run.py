@@ -1,11 +1,10 @@
-"""Whole runs from outside: the same weights whoever makes the samples, and whatever is killed on the way."""
+"""Whole runs from outside: the same weights whoever makes the samples. What is killed on the way: test_kill_matrix."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import signal
 import tomllib
 from pathlib import Path
 
@@ -44,93 +43,17 @@ def test_a_run_leaves_what_it_promises(reference: tuple[Path, Path]) -> None:
     for name in ("config.toml", "report.html", "samples/before_after.png", "samples/step_00000.png"):
         assert (run_dir / name).stat().st_size > 0, name
     assert list((run_dir / "tensorboard").iterdir())
-
-
-@pytest.mark.parametrize(
-    "placement", [["separate", "--rollout.num_actors", "3"], ["colocated", "--rollout.num_actors", "1"]]
-)
-def test_other_placements_end_with_the_same_weights(
-    reference: tuple[Path, Path], tmp_path: Path, placement: list[str]
-) -> None:
-    config, expected = reference
-    code, output = cli.run(["train", str(config), "--run-dir", "run", "--placement", *placement], tmp_path)
-    assert code == 0, output
-    assert cli.summary(tmp_path / "run")["weights_sha256"] == cli.summary(expected)["weights_sha256"]
-
-
-def test_a_killed_rollout_actor_changes_nothing(reference: tuple[Path, Path], tmp_path: Path) -> None:
-    config, expected = reference
-    process = cli.start(["train", str(config), "--run-dir", "run", "--rollout.num_actors", "2"], tmp_path)
-    try:
-        cli.wait_for(lambda: cli.num_logged(tmp_path / "run") >= 1, process)
-        cli.workers(process, "RolloutWorker")[0].kill()
-        assert process.wait(120) == 0, (tmp_path / "output.txt").read_text()
-    finally:
-        cli.end(process)
-    assert cli.summary(tmp_path / "run")["weights_sha256"] == cli.summary(expected)["weights_sha256"]
-
-
-def test_a_killed_run_resumes_exactly(reference: tuple[Path, Path], tmp_path: Path) -> None:
-    config, expected = reference
-    run_dir = tmp_path / "run"
-    process = cli.start(["train", str(config), "--run-dir", "run", "--placement", "in_process"], tmp_path)
-    try:
-        cli.wait_for((run_dir / "checkpoints" / "step_2").exists, process)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait(10)
-    finally:
-        cli.end(process)
-    code, output = cli.run(["resume", "run"], tmp_path)
-    assert code == 0, output
-    assert cli.summary(run_dir)["weights_sha256"] == cli.summary(expected)["weights_sha256"]
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    reference_rows = [json.loads(line) for line in (expected / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
-    assert [row.get("loss") for row in rows] == [row.get("loss") for row in reference_rows]
-    assert [row.get("reward/mean") for row in rows] == [row.get("reward/mean") for row in reference_rows]
-    assert cli.summary(run_dir)["eval_initial"] == cli.summary(expected)["eval_initial"]
     prompts = Path(tomllib.loads((run_dir / "config.toml").read_text())["prompts"]["train"])
-    assert prompts.is_absolute()
+    assert prompts.is_absolute(), "the run may be gone on with from anywhere"
 
 
-def test_ctrl_c_checkpoints_and_leaves_no_process_and_the_run_resumes_exactly(
-    reference: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_separate_workers_end_with_the_same_weights(reference: tuple[Path, Path], tmp_path: Path) -> None:
+    """Colocated ones do in test_kill_matrix.py, where they die as well."""
     config, expected = reference
-    run_dir = tmp_path / "run"
-    process = cli.start(["train", str(config), "--run-dir", "run", "--checkpoint.every_steps", "1000"], tmp_path)
-    try:
-        cli.wait_for(lambda: cli.num_logged(run_dir) >= 1, process)
-        family = cli.descendants(process)
-        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
-        assert process.wait(60) == 130, (tmp_path / "output.txt").read_text()
-    finally:
-        cli.end(process)
-    assert cli.still_alive(family) == []
-    stopped = cli.summary(run_dir)
-    assert stopped["status"] == "stopped"
-    assert 1 <= stopped["num_steps"] < NUM_STEPS
-    assert (run_dir / "checkpoints" / f"step_{stopped['num_steps']}").is_dir()
-    assert "Traceback" not in (tmp_path / "output.txt").read_text()
-    code, output = cli.run(["resume", "run"], tmp_path)
+    arguments = ["train", str(config), "--run-dir", "run", "--placement", "separate", "--rollout.num_actors", "3"]
+    code, output = cli.run(arguments, tmp_path)
     assert code == 0, output
-    assert cli.summary(run_dir)["weights_sha256"] == cli.summary(expected)["weights_sha256"]
-
-
-def test_a_killed_learner_ends_the_run_with_its_name_and_nothing_hangs(tmp_path: Path) -> None:
-    config = cli.write_config(tmp_path, num_steps=200)
-    process = cli.start(["train", str(config), "--run-dir", "run", "--rollout.num_actors", "1"], tmp_path)
-    try:
-        cli.wait_for(lambda: cli.num_logged(tmp_path / "run") >= 2, process)
-        family = cli.descendants(process)
-        cli.workers(process, "LearnerWorker")[0].kill()
-        assert process.wait(60) == 1
-    finally:
-        cli.end(process)
-    assert cli.still_alive(family) == []
-    output = (tmp_path / "output.txt").read_text()
-    assert "learner" in output
-    assert "raylign resume" in output
+    assert cli.summary(tmp_path / "run")["weights_sha256"] == cli.summary(expected)["weights_sha256"]
 
 
 def test_a_run_directory_in_use_is_refused(tmp_path: Path) -> None:

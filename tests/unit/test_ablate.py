@@ -34,16 +34,18 @@ GAIN = {"one_token": 0.0, "fixed": 0.3, "sampled": 0.25, "learned": 0.35}
 class _Runs:
     """Stands in for training: writes what a finished run leaves, or stops at a given run."""
 
-    def __init__(self, stop_at: str = "") -> None:
-        self.stop_at = stop_at
+    def __init__(self, stop_at: str = "", code: int = 130) -> None:
+        self.stop_at, self.code = stop_at, code
         self.made: list[str] = []
 
     def __call__(self, config: RunConfig, name: str, path: Path) -> int:
         if path.name == self.stop_at:
-            return 130
+            path.mkdir(parents=True)
+            (path / "summary.json").write_text(json.dumps({"status": "failed" if self.code else "stopped"}))
+            return self.code
         self.made.append(path.name)
         variant = path.name.partition("-")[0]
-        (path / "samples").mkdir(parents=True)
+        (path / "samples").mkdir(parents=True, exist_ok=True)
 
         def series(step: int, gain: float) -> FrontierSeries:
             points = [FrontierPoint(gamma, 0.2 + gain, 0.02, 1 + 4 / (1 + gamma), 100) for gamma in config.eval.gammas]
@@ -156,11 +158,12 @@ def test_a_whole_ablation_leaves_a_page_a_picture_and_every_point(config: str, t
     assert len(points["runs"][0]["after"]["points"]) == len(DEFAULT_GAMMAS)
 
 
-def test_given_again_it_goes_on_where_it_stopped(config: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stopped_with", [130, 0], ids=["at once", "after its checkpoint"])
+def test_given_again_it_goes_on_where_it_stopped(stopped_with: int, config: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    stopped = _Runs(stop_at="sampled-seed5")
+    stopped = _Runs(stop_at="sampled-seed5", code=stopped_with)
     code, said = _ablate(config, out, stopped)
-    assert code == 130
+    assert code == stopped_with
     assert "goes on from there" in said[-1]
     assert stopped.made == ["one_token-seed5", "fixed-seed5"]
     assert "2 of 4 runs" in (out / "ablation.html").read_text(), "what there is can be looked at"

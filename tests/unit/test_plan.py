@@ -207,6 +207,17 @@ def test_what_does_not_fit_comes_with_keys_that_make_it_fit() -> None:
     assert planned("quickstart_image", gpu_gib=80.0).fits
 
 
+def test_sharded_ranks_hold_a_part_each() -> None:
+    def held(sharding: str) -> dict[str, int | None]:
+        plan = planned("quickstart_image", learner__num_ranks="4", learner__sharding=sharding)
+        return {part.name: part.num_bytes for part in next(r for r in plan.roles if r.name == "learner rank").parts}
+
+    whole, parts = held("none"), held("fsdp")
+    for name in ("network", "gradients", "old policy", "AdamW's two moments"):
+        assert parts[name] == pytest.approx((whole[name] or 0) / 4, abs=8), name
+    assert 0 < (parts["blocks gathered from other ranks"] or 0) < (whole["network"] or 0)
+
+
 def test_small_roles_are_guests_on_a_larger_ones_gpu() -> None:
     config = load_run_config("quickstart_image")
     actor = Role("rollout actor", 4, 0.9, (Part("network", 10 * GIB),))
