@@ -21,6 +21,8 @@ from services.plan.probe import Measured
 
 RAY_CALL_S = 0.002
 """A call of an actor and its answer, half a look of the fleet's loop included."""
+RAY_GROUP_S = 0.001
+"""Pickling one scored group for the ranks, its rollouts and scores object by object."""
 STORE_BYTES_PER_S = 1e9
 """Into Ray's object store and out of it, pickled and copied, on one machine."""
 
@@ -95,11 +97,15 @@ def step_time(config: RunConfig, batches: Batches, work: Work, cores: int) -> St
     ranks = _turns(batches.ranks, config.learner.num_threads, cores, config.learner.num_gpus_per_rank)
     calls_s = 0.0 if alone else RAY_CALL_S
     train_s = ranks * gradients_s + updates * (work.optimise_s * ranks + 2 * calls_s)
-    sent_s = 0.0 if alone else batches.samples * work.sample_bytes / STORE_BYTES_PER_S
+    sent_s = batches.samples * work.sample_bytes / STORE_BYTES_PER_S + config.groups_per_step * RAY_GROUP_S
+    sent_s = 0.0 if alone else sent_s
+    handed_s = 0.0 if alone else work.payload_bytes / STORE_BYTES_PER_S
     credit_s = ranks * batches.samples * work.credit_sample_s + calls_s + sent_s
-    publish_s = work.publish_s + calls_s + (0.0 if alone else work.payload_bytes / STORE_BYTES_PER_S)
+    publish_s = work.publish_s + calls_s + handed_s
     actors = 1 if alone else config.rollout.num_actors
-    pull_s = work.pull_s * _turns(actors, config.rollout.num_threads, cores, config.rollout.num_gpus) + calls_s
+    pull_s = (
+        work.pull_s * _turns(actors, config.rollout.num_threads, cores, config.rollout.num_gpus) + calls_s + handed_s
+    )
     learning_s = credit_s + train_s + publish_s + pull_s
     step_s, bound_by = rollout_s + learning_s, "rollout and learner in turn"
     if config.max_staleness > 0:
