@@ -191,9 +191,12 @@ def run_page(title: str, introduction: str, model: type[BaseModel], pages: dict[
         if name in pages:
             lines += ["", f"By default {default_text(field)}. Every type and its keys: [{name}]({pages[name]})."]
             continue
-        (kind,) = models_of(field.annotation)
-        done.add(title_of(kind))
-        lines += section(kind, found)
+        kinds = models_of(field.annotation)
+        done |= {title_of(kind) for kind in kinds}
+        if len(kinds) > 1:
+            lines += ["", f"Of one of these types; by default {default_text(field)}."]
+        for kind in kinds:
+            lines += [*(["", f"### {title_of(kind)}"] if len(kinds) > 1 else []), *section(kind, found)]
     return "\n".join([*lines, *_remaining(found, done, "##")]) + "\n"
 
 
