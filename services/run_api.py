@@ -1,6 +1,7 @@
 """The runs of a folder over HTTP: what they wrote, and control of those that are live on this machine.
 
     GET  /metrics                          the live runs' newest numbers, for Prometheus
+    GET  /dashboard/                       the page over them (`services.dashboard`)
     GET  /v1/runs                          every run of the folder
     GET  /v1/runs/NAME                     one run; with its rollout actors while it is live
     GET  /v1/runs/NAME/metrics?tail=N      the last lines of metrics.jsonl
@@ -24,7 +25,9 @@ from urllib.parse import urlsplit
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from pydantic import Field
+from starlette.applications import Starlette
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.routing import Mount
 
 import raylign
 from raylign.config import Config
@@ -211,6 +214,14 @@ def build_run_api(folder: Path, token: str | None, drivers: Drivers) -> FastAPI:
     return app
 
 
+def with_dashboard(folder: Path, token: str | None, drivers: Drivers) -> Starlette:
+    """The API, and the page over the same runs at /dashboard/, each behind its own door."""
+    from services.dashboard.app import dashboard_app
+
+    page = Mount("/dashboard", dashboard_app(folder, token))
+    return Starlette(routes=[page, Mount("/", build_run_api(folder, token, drivers))])
+
+
 def view(path: Path, drivers: Drivers) -> RunView:
     """A run as its files tell of it, and its driver if it answers."""
     folder = RunDir(path)
@@ -256,5 +267,6 @@ def serve_runs(folder: Path, host: str, port: int, token: str | None, address: s
         raise ConfigError(f"others can reach {host}, so --token-file is needed: a file that holds a secret of your own")
     import uvicorn
 
-    app = build_run_api(folder, token, Drivers(folder, address))
-    uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False)
+    app = with_dashboard(folder, token, Drivers(folder, address))
+    # The page's event streams never end by themselves, and must not hold up Ctrl-C.
+    uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False, timeout_graceful_shutdown=1)

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from raylign.errors import ClusterError, ConfigError, RaylignError, RunDirError
 from services.autoscaler import Autoscaler, autoscaled
 from services.elastic import ActorBounds, Autoscaling, PoolStatus
-from services.run_api import build_run_api, is_loopback, serve_runs
+from services.run_api import build_run_api, is_loopback, serve_runs, with_dashboard
 from services.run_control import (
     CONTROL_FILE,
     GoOnAsk,
@@ -376,6 +376,17 @@ def test_a_page_of_another_site_changes_nothing(runs: Path) -> None:
     assert (refused.status_code, "may not change runs" in refused.json()["error"]) == (403, True)
     own = client.post("/v1/runs/done/pause", headers={"Origin": "http://127.0.0.1:8270"})
     assert own.status_code == 404, "it is only not live"
+
+
+def test_the_page_stands_beside_the_api_behind_its_own_door(runs: Path) -> None:
+    secret = "sixteen letters and more"
+    client = TestClient(with_dashboard(runs, secret, Drivers(runs, None)), base_url="http://127.0.0.1:8270")
+    assert client.get("/v1/runs").status_code == 401
+    assert client.get("/v1/runs", headers={"Authorization": f"Bearer {secret}"}).status_code == 200
+    assert "/dashboard/login" in str(client.get("/dashboard/").url), "a person logs in"
+    listed = client.get("/dashboard/api/runs", headers={"Authorization": f"Bearer {secret}"})
+    assert {run["name"] for run in listed.json()["runs"]} == {"done", "killed"}
+    assert client.get("/dashboard/static/style.css").status_code == 200
 
 
 def test_without_a_token_only_this_machine_is_let_in_and_by_its_own_name(runs: Path) -> None:
