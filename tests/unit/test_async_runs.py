@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
 from pathlib import Path
 from typing import Any
@@ -86,18 +87,24 @@ def test_a_recording_leaves_out_the_first_step_and_evaluations(tmp_path: Path) -
         read_recording(tmp_path)
 
 
-def test_the_controller_handles_thousands_of_samples_per_second_whatever_the_actors() -> None:
-    controller_cost(8, 12, 2, 500)
-    few, many = (controller_cost(actors, 12, 2, 3000) for actors in (8, 256))
-    assert min(few["samples_per_s"], many["samples_per_s"]) > 5000
-    # Linear in the number of actors: a sample costs as much with 256 of them. Quadratic would be 32 times as much.
-    assert many["us_per_sample"] < 4 * few["us_per_sample"]
+def test_a_sample_costs_the_controller_as_much_whatever_the_number_of_actors() -> None:
+    """Function calls stand for time, which `async_runs.py cost` measures: they are the same on a busy machine."""
+
+    def calls_per_sample(actors: int) -> float:
+        profile = cProfile.Profile()
+        row = profile.runcall(controller_cost, actors, 12, 2, 3000)
+        return sum(entry.callcount for entry in profile.getstats()) / row["samples"]
+
+    few, many = calls_per_sample(8), calls_per_sample(256)
+    assert many < 1.2 * few, "linear in the number of actors; quadratic would be 32 times as many"
+    # At a tenth of a microsecond each, 5 000 samples per second are 2 000 calls per sample.
+    assert few < 200
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("staleness", [0, 1, 8])
 def test_every_run_of_the_sweep_is_a_configuration(method: str, staleness: int) -> None:
-    options = argparse.Namespace(steps=30, every=10, actors=1)
+    options = argparse.Namespace(steps=30, every=10, actors=1, heldout=32, address=None)
     names, overrides = split_configs(
         "quickstart_image", "quickstart_image", arguments(method, staleness, 2, options)[1:]
     )

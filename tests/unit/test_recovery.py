@@ -102,13 +102,13 @@ def test_the_first_signal_asks_and_the_second_interrupts_a_busy_loop() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.wait_for(stop.wait(), 5)
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)  # noqa: ASYNC251 - a step that is computed in this very process
+            time.sleep(60)  # noqa: ASYNC251 - a step that is computed in this very process
         return False
 
     began_s = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(work())
-    assert time.monotonic() - began_s < 4
+    assert time.monotonic() - began_s < 50
     assert len(notes) == 1
     assert "Ctrl-C again" in notes[0]
     assert signal.getsignal(signal.SIGTERM) == before
