@@ -86,10 +86,17 @@ def documented(page: Path = METRICS_PAGE) -> re.Pattern[str]:
 def written_metrics() -> set[str]:
     """Names of metrics that are spelt out in what makes them."""
     places = [*(ROOT / "learner").rglob("*.py")]
-    places += [
-        ROOT / "services" / f"{name}.py"
-        for name in ("step_metrics", "pull_metrics", "staleness", "controller", "autoscaler", "observer", "guard", "guard_run")
-    ]
+    services = (
+        "step_metrics",
+        "pull_metrics",
+        "staleness",
+        "controller",
+        "autoscaler",
+        "observer",
+        "guard",
+        "guard_run",
+    )
+    places += [ROOT / "services" / f"{name}.py" for name in services]
     names: set[str] = set()
     for path in places:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
