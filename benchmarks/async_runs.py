@@ -91,10 +91,8 @@ def train(method: str, staleness: int, seed: int, options: argparse.Namespace) -
     per_step = config.groups_per_step * config.group_size
     curve = held_out_curve(run_dir, per_step)
     steps = list(step_rows(run_dir).values())
-    # The first steps wait for the pipeline to fill, and evaluations keep the actors from drawing.
+    # The first steps are as fresh as those of a synchronous run.
     settled = steps[min(staleness + 1, len(steps) - 1) :]
-    undisturbed = [row for row in settled if not row.get("time/evaluate_s")] or settled
-    step_s = statistics.fmean(row["time/step_s"] for row in undisturbed)
     drift = {
         name: statistics.fmean(row[name] for row in settled if name in row)
         for name in sorted({name for row in settled for name in row if name.startswith(_DRIFT)})
@@ -103,7 +101,8 @@ def train(method: str, staleness: int, seed: int, options: argparse.Namespace) -
         "method": method,
         "staleness": staleness,
         "seed": seed,
-        "samples_per_s": per_step / step_s,
+        # Of the whole run: at its end the learner trains what is there, and nothing more is drawn.
+        "samples_per_s": curve[-1]["samples"] / curve[-1]["seconds"],
         "staleness_mean": statistics.fmean(row["staleness/mean"] for row in settled),
         "final": curve[-1]["mean"],
         "diversity": curve[-1]["diversity"],

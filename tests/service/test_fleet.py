@@ -83,10 +83,10 @@ class Sleeper:
     def precision_report(self) -> dict[Slot, str]:
         return {"draft": "nvfp4, emulated"}
 
-    def publish(self, version: int, which: str) -> tuple[int, str]:
+    def publish(self, version: int, which: str) -> tuple[int, tuple[str, str]]:
         if which == "dies":
             os._exit(1)
-        return version, "receipt"
+        return version, ("full", "its hash")
 
 
 def _actor(restarts: int = -1, **options: Any) -> Any:
@@ -307,8 +307,8 @@ def test_a_snapshot_whose_maker_died_is_an_error_and_not_a_pull() -> None:
 def test_a_learner_that_dies_while_it_publishes_is_noticed_at_once() -> None:
     async def work() -> None:
         learner = RayLearner(_actors(1, restarts=0))
-        published: Any = await learner.publish(3, "rollout")
-        assert ray.get(published) == 3
+        published = await learner.publish(3, "rollout")
+        assert (ray.get(published.newest), ray.get(published.whole)) == (3, 3)
         with pytest.raises(RayActorError):
             await learner.publish(4, "dies")  # type: ignore[arg-type]
 

@@ -71,15 +71,6 @@ def test_a_run_directory_in_use_is_refused(tmp_path: Path) -> None:
         cli.end(process)
 
 
-def test_an_asynchronous_run_trains_on_samples_of_the_allowed_age(tmp_path: Path) -> None:
-    config = cli.write_config(tmp_path)
-    code, output = cli.run(["train", str(config), "--run-dir", "run", "--max_staleness", "1"], tmp_path)
-    assert code == 0, output
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
-    assert max(row["staleness/max"] for row in rows[1:]) == 1
-
-
 def test_a_cluster_is_joined_if_it_can_hold_the_run_and_goes_on_afterwards(
     reference: tuple[Path, Path], tmp_path: Path
 ) -> None:
