@@ -12,7 +12,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from raylign.config import Config
 
@@ -58,9 +59,9 @@ class ElasticConfig(Config):
         return ActorBounds(self.min_actors or self.num_actors, self.max_actors or self.num_actors)
 
 
-@dataclass(frozen=True, slots=True)
+@checked_dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
 class PoolStatus:
-    """What has become of the actors that were asked for."""
+    """What has become of the actors that were asked for. It also travels as JSON, and is checked on arrival."""
 
     wanted: int
     in_service: int

@@ -230,7 +230,9 @@ def view(path: Path, drivers: Drivers) -> RunView:
     except RunDirError:
         state = None
     summary = folder.read_summary()
-    step = state.step if state is not None else summary.get("num_steps", _last_step(read_metrics(folder.metrics)))
+    step = state.step if state is not None else summary.get("num_steps")
+    if step is None:  # a driver that was killed left its metrics alone, and all of them are to be read
+        step = _last_step(read_metrics(folder.metrics))
     status = str(summary.get("status", "unknown"))
     if state is not None:
         status = "running"

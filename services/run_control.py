@@ -17,7 +17,6 @@ import secrets
 import socket
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -82,27 +81,13 @@ class Contact(Config):
     token: str
 
 
-class PoolState(Config):
-    """The rollout actors; see `services.elastic.PoolStatus`."""
-
-    wanted: int
-    in_service: int
-    joining: int
-    away: int
-    leaving: int
-    restarts: int
-    hung: int
-    paused: bool
-    problem: str = ""
-
-
 class RunState(Config):
     """A live run."""
 
     step: int
     """Last completed step."""
     num_steps: int
-    pool: PoolState | None = None
+    pool: PoolStatus | None = None
     """None where the number of actors is fixed: in one process, or colocated with the learner."""
 
 
@@ -151,7 +136,7 @@ class RunControl:
         elif isinstance(ask, GoOnAsk):
             self._elastic("resume").go_on()
         step, num_steps = self._progress()
-        pool = None if self._pool is None else PoolState(**asdict(self._pool.status()))
+        pool = None if self._pool is None else self._pool.status()
         return RunState(step=step, num_steps=num_steps, pool=pool)
 
     def _scale(self, wanted: int) -> None:

@@ -27,7 +27,6 @@ from services.run_control import (
     CONTROL_FILE,
     GoOnAsk,
     PauseAsk,
-    PoolState,
     RunControl,
     RunState,
     ScaleAsk,
@@ -98,7 +97,7 @@ def test_a_live_run_tells_its_state_and_does_what_it_is_asked(tmp_path: Path) ->
     with _live(_control(pool), run_dir):
         state = ask(run_dir, StatusAsk())
         assert (state.step, state.num_steps) == (7, 60)
-        assert state.pool == PoolState(
+        assert state.pool == PoolStatus(
             wanted=2, in_service=2, joining=0, away=0, leaving=0, restarts=0, hung=0, paused=False
         )
         scaled = ask(run_dir, ScaleAsk(rollout=5)).pool
@@ -229,7 +228,7 @@ def test_the_command_line_scales_and_tells(tmp_path: Path) -> None:
 
 
 def test_a_line_tells_of_actors_that_are_not_at_work() -> None:
-    pool = PoolState(
+    pool = PoolStatus(
         wanted=5, in_service=2, joining=2, away=1, leaving=1, restarts=3, hung=1, paused=False, problem="no room"
     )
     assert describe(RunState(step=1, num_steps=9, pool=pool)) == (
