@@ -13,8 +13,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from raylign.errors import ConfigError
 from services.dashboard.columns import Columns
+from services.elastic import PoolStatus
 from services.run_api import RunView, build_run_api
-from services.run_control import PoolState, RunState
+from services.run_control import RunState
 from services.run_drivers import Drivers
 from services.run_exporter import ExporterSink, FolderMetrics, numbers_of
 from services.run_metrics import RunNumbers, families, names
@@ -42,7 +43,7 @@ ROW = {
     "nfe/mean": 3.5,
     "parity/gap": 1e-6,
 }
-POOL = PoolState(wanted=3, in_service=2, joining=1, away=0, leaving=0, restarts=4, hung=0, paused=False)
+POOL = PoolStatus(wanted=3, in_service=2, joining=1, away=0, leaving=0, restarts=4, hung=0, paused=False)
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
