@@ -21,7 +21,10 @@ from services.dashboard.app import STATIC, dashboard_app, serve_dashboard
 from services.dashboard.events import Watch
 from services.dashboard.runs import RunsFolder, is_live
 from services.dashboard_commands import app as command
+from services.run_api import with_dashboard
 from services.run_dir import RunDir
+from services.run_drivers import Drivers
+from tests.http_servers import served
 
 _BANNED = (
     *("innerHTML", "outerHTML", "insertAdjacent", "document.write", "srcdoc", "DOMParser"),
@@ -270,6 +273,17 @@ def test_the_command_takes_the_token_from_a_file_or_the_environment(runs: Path, 
         done = CliRunner().invoke(command, [str(runs), "--host", "0.0.0.0", *options], env=environ)
         assert isinstance(done.exception, ConfigError)
         assert "has 5 characters" in str(done.exception)
+
+
+def test_a_clusters_page_is_found_at_its_run_service(runs: Path) -> None:
+    """Given an address, the command looks for the page there, behind a token as well, and says what is wrong."""
+    with served(with_dashboard(runs, TOKEN, Drivers(runs, None))) as address:
+        done = CliRunner().invoke(command, [address])
+        assert (done.exit_code, done.output.count(f"{address}/dashboard/")) == (0, 1)
+        wrong = CliRunner().invoke(command, [f"{address}/nowhere"])
+    assert isinstance(wrong.exception, ConfigError)
+    assert "raylign serve-runs" in str(wrong.exception)
+    assert "does not answer" in str(CliRunner().invoke(command, [address]).exception)
 
 
 def test_hostile_names_and_texts_come_back_as_json(tmp_path: Path) -> None:
