@@ -39,6 +39,9 @@ def diagnose_config(names: Sequence[str], overrides: Mapping[str, str]) -> list[
     ]
     if config.reward_service.cache.type == "redis":
         checks.append(check_redis(config.reward_service.cache.address()))
+    if config.tracking.events is not None:
+        remedy = "start it (`redis-server`), or mend tracking.events.url; metrics.jsonl has every row without it"
+        checks.append(check_redis(config.tracking.events.address(), "Redis of events", remedy))
     if config.reward_service.http or config.reward_service.transport == "http":
         checks.append(check_service_port(config.reward_service.port))
     return checks
@@ -108,19 +111,21 @@ def judge_at(url: str) -> OpenAIEngineConfig:
     return parse_config(OpenAIEngineConfig, {"base_url": url}, "--judge")
 
 
-def check_redis(url: str) -> Check:
-    """Whether Redis answers. A run goes on without it, and scores everything anew."""
+_CACHE_REMEDY = "start it (`redis-server`), or mend reward_service.cache.url; scores are not remembered without it"
+
+
+def check_redis(url: str, name: str = "Redis", remedy: str = _CACHE_REMEDY) -> Check:
+    """Whether Redis answers. A run goes on without it."""
     import redis
 
     shown = url.rpartition("@")[2] if "@" in url else url
-    remedy = "start it (`redis-server`), or mend reward_service.cache.url; scores are not remembered without it"
     try:
         client = redis.Redis.from_url(url, socket_timeout=ANSWER_TIMEOUT_S, socket_connect_timeout=ANSWER_TIMEOUT_S)
         with client:
             version = client.info("server")["redis_version"]  # type: ignore[index]  # the client is a synchronous one
     except (redis.RedisError, ValueError, OSError) as error:
-        return Check("Redis", Status.FAIL, f"{shown} does not answer: {error}", remedy)
-    return Check("Redis", Status.OK, f"{version} at {shown}")
+        return Check(name, Status.FAIL, f"{shown} does not answer: {error}", remedy)
+    return Check(name, Status.OK, f"{version} at {shown}")
 
 
 def check_resources(config: RunConfig) -> Check:

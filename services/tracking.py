@@ -1,6 +1,7 @@
 """Where else a run's numbers go, for whoever asks: `[tracking]`. The run directory and TensorBoard have them anyway.
 
     metrics ──▶ Weights & Biases | trackio     numbers; pictures and texts only where the configuration says so
+            ├─▶ a Redis stream              rows as they come, for the dashboard or a program
             ├─▶ /metrics on a port             the newest numbers in Prometheus' text format
             └─▶ OTLP                           a span per step, and one per phase below it
 
@@ -21,6 +22,7 @@ from pydantic import Field, field_validator
 from raylign.config import Config
 from raylign.errors import ConfigError
 from raylign.metrics import MetricsSink, SinkFan, make_sinks
+from services.run_events import EventsConfig, EventSink
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +72,8 @@ class TrackingConfig(Config):
     """Weights & Biases; off when not given. Needs `pip install wandb`."""
     trackio: TrackioConfig | None = None
     """trackio; off when not given. Needs `pip install trackio`."""
+    events: EventsConfig | None = None
+    """Redis stream of rows; off when not given. The dashboard follows it instead of looking at the run directory."""
     otlp: str | None = None
     """Address of an OTLP/HTTP collector for spans, such as http://127.0.0.1:4318; off when not given. Needs `pip
     install opentelemetry-exporter-otlp-proto-http`."""
@@ -132,6 +136,15 @@ def open_sinks(
             return Outlived(TrackioSink(trackio, run_dir, shared_config(config)), "trackio", note)
 
         openings.append(open_trackio)
+    if tracking.events is not None:
+        events = tracking.events
+
+        def open_events() -> MetricsSink:
+            from services.tracking_sinks import run_identity
+
+            return EventSink(events, run_identity(run_dir, "events"), note)
+
+        openings.append(open_events)
     spans: SpanSink | None = None
     if tracking.otlp is not None:
         from services.spans import SpanSink, otlp_provider

@@ -1,4 +1,8 @@
-"""What changes in a run's directory, as server-sent events. The directory is the source; nothing has to be told.
+"""What changes in a run, as server-sent events.
+
+The run's directory is the source, looked at a few times a second; nothing has to be told. Where the run also writes its
+rows to a Redis stream (`tracking.events`), they are pushed from there, and the directory is looked at less often, for
+the rest. A Redis that goes away costs nothing but that.
 
 event: rows      new or rewritten lines of metrics.jsonl, as {"generation": n, "rows": [...]}
 event: groups    the newest recorded step of each kind
@@ -11,15 +15,18 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from services.dashboard.columns import Columns
+from services.dashboard.redis_rows import RowStream
 from services.dashboard.runs import RunFiles, is_live
 from services.record_files import RECORD_FOLDER, RECORD_KINDS, recorded_steps
 
 POLL_S = 0.2
+PUSHED_POLL_S = 1.0
+"""Longest wait for a pushed row between two looks at the directory."""
 _BEAT_S = 10.0
 MAX_ROWS = 200
 """Rows sent at once; a reader that missed more is told to load the curves again."""
@@ -40,6 +47,17 @@ class Watch:
     def changes(self) -> list[tuple[str, dict[str, Any]]]:
         """Events since the last call."""
         return [*self._rows(), *self._groups(), *self._state()]
+
+    def pushed(self, rows: Sequence[Mapping[str, float]]) -> list[tuple[str, dict[str, Any]]]:
+        """The events of rows that came by the stream. Past a gap there are none: the directory has what is missing."""
+        fresh: list[dict[str, float]] = []
+        for row in rows:
+            step = int(row["step"])
+            if step in (self.last_step, self.last_step + 1):
+                before = self.last_row if step == self.last_step else {}
+                self.last_step, self.last_row = step, before | {name: row[name] for name in row if name != "step"}
+                fresh.append(dict(row))
+        return [("rows", {"generation": self.generation, "rows": fresh})] if fresh else []
 
     def _rows(self) -> list[tuple[str, dict[str, Any]]]:
         columns = self.run.tail.refresh()
@@ -95,17 +113,37 @@ class Watch:
 
 async def stream(run: RunFiles, since: int) -> AsyncGenerator[bytes]:
     """Events of a run for a reader that has its steps up to `since`, until it goes away."""
-    watch = Watch(run, since)
     yield b"retry: 1000\n\n"
-    beat_s = time.monotonic()
-    while True:
-        for name, data in await asyncio.to_thread(watch.changes):
-            yield f"event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n".encode()
-            beat_s = time.monotonic()
-        if time.monotonic() - beat_s > _BEAT_S:
-            yield b": still here\n\n"
-            beat_s = time.monotonic()
-        await asyncio.sleep(POLL_S)
+    # Opened before the directory is looked at, so that no row falls between the two.
+    source = await RowStream.opened(run.path)
+    watch, beat_s = Watch(run, since), time.monotonic()
+    try:
+        while True:
+            for name, data in await asyncio.to_thread(watch.changes):
+                yield _event(name, data)
+                beat_s = time.monotonic()
+            if time.monotonic() - beat_s > _BEAT_S:
+                yield b": still here\n\n"
+                beat_s = time.monotonic()
+                source = source or await RowStream.opened(run.path)
+            if source is None:
+                await asyncio.sleep(POLL_S)
+                continue
+            rows = await source.rows(PUSHED_POLL_S)
+            if rows is None:
+                await source.close()
+                source = None
+                continue
+            for name, data in watch.pushed(rows):
+                yield _event(name, data)
+                beat_s = time.monotonic()
+    finally:
+        if source is not None:
+            await source.close()
+
+
+def _event(name: str, data: Mapping[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n".encode()
 
 
 def _finite(row: dict[str, float]) -> dict[str, float]:
