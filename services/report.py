@@ -23,8 +23,9 @@ from PIL import Image
 from raylign.errors import RunDirError
 from raylign.metrics import MetricsRow, read_metrics
 from services.console import duration
-from services.dashboard.alerts import Facts, alerts
+from services.dashboard.alerts import alerts
 from services.dashboard.columns import Columns
+from services.dashboard.runs import facts_of, held_out_names
 from services.environment import environment, read_environment
 from services.headlines import DIVERSITY, direction, headline_label, headline_means, is_metric
 from services.record_files import read_failures
@@ -52,8 +53,10 @@ def write_report(run_dir: Path) -> Path:
         raise RunDirError(
             f"{run_dir} holds no run (no config.toml, metrics.jsonl or summary.json); give a run's folder"
         )
-    rows, summary, config = read_metrics(run.metrics), run.read_summary(), _raw_config(run.config)
-    held_out = _held_out_metrics(config)
+    rows, summary = read_metrics(run.metrics), run.read_summary()
+    columns = Columns.of(rows)
+    config, facts = facts_of(run.path, columns)
+    held_out = held_out_names(config)
     charts, more_charts = charts_of(rows, held_out)
     happened, left_out = events(rows, summary)
     page = render(
@@ -64,7 +67,7 @@ def write_report(run_dir: Path) -> Path:
         status_class={"finished": "good", "failed": "bad"}.get(str(summary.get("status")), ""),
         condition=_condition(rows, summary, config),
         error=str(summary.get("error", "")),
-        alerts=alerts(Columns.of(rows), _alert_facts(config)),
+        alerts=alerts(columns, facts),
         facts=_facts(rows, summary),
         outcomes=_outcomes(rows, summary, held_out),
         asked=_asked(rows, held_out),
@@ -159,27 +162,6 @@ def _asked(rows: Sequence[MetricsRow], held_out: Collection[str]) -> dict[str, A
         "columns": [f"{title} (step {int(row['step'] or 0)})" for title, row in chosen.items()],
         "rows": [line("mean", "trained on"), *(line(name, "held-out metric") for name in metrics)],
     }
-
-
-def _raw_config(path: Path) -> dict[str, Any]:
-    """The resolved configuration as plain data; {} if it cannot be read."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, tomllib.TOMLDecodeError):
-        return {}
-
-
-def _held_out_metrics(config: Mapping[str, Any]) -> list[str]:
-    """The names of a run's `only_eval` rewards; none if the configuration is broken."""
-    try:
-        return [str(reward["name"]) for reward in config.get("rewards", []) if reward.get("only_eval")]
-    except (AttributeError, KeyError, TypeError):
-        return []
-
-
-def _alert_facts(config: Mapping[str, Any]) -> Facts:
-    sizes = {key: config.get(key, 1) for key in ("groups_per_step", "group_size")}
-    return Facts(**{key: value if isinstance(value, int) and value > 0 else 1 for key, value in sizes.items()})
 
 
 def _condition(rows: Sequence[MetricsRow], summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:

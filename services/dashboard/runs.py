@@ -149,8 +149,9 @@ def failed_counts(columns: Columns) -> dict[str, float]:
 
 def held_out_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The rewards of a resolved configuration that are scored in evaluations only."""
-    rewards = config.get("rewards", ())
-    return tuple(str(reward.get("name")) for reward in rewards if reward.get("only_eval") is True)
+    rewards = config.get("rewards")
+    tables = [one for one in rewards if isinstance(one, dict)] if isinstance(rewards, list) else []
+    return tuple(str(one.get("name")) for one in tables if one.get("only_eval") is True)
 
 
 def facts_of(path: Path, columns: Columns) -> tuple[dict[str, Any], Facts]:
@@ -160,7 +161,8 @@ def facts_of(path: Path, columns: Columns) -> tuple[dict[str, Any], Facts]:
     is a gap: reading that loads torch. A configuration of another version of Raylign has no tolerance.
     """
     raw = raw_config(path)
-    sizes = {key: raw[key] for key in ("groups_per_step", "group_size") if isinstance(raw.get(key), int)}
+    given = {key: raw.get(key) for key in ("groups_per_step", "group_size")}
+    sizes = {key: value for key, value in given.items() if isinstance(value, int) and value > 0}
     if max(columns.tail("parity/gap", 1), default=0.0) <= _NO_GAP:
         return raw, Facts(**sizes)
     from services.config import read_resolved_config
@@ -174,7 +176,7 @@ def facts_of(path: Path, columns: Columns) -> tuple[dict[str, Any], Facts]:
 def raw_config(path: Path) -> dict[str, Any]:
     """The run's config.toml as plain data, {} if it cannot be read."""
     try:
-        return tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+        return tomllib.loads((path / "config.toml").read_text(encoding="utf-8", errors="replace"))
     except (OSError, ValueError):
         return {}
 

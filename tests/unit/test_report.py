@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.recorded_run import append_rows, make_run, metrics_row
 from raylign.errors import RunDirError
 from services.environment import write_environment
 from services.pictures import save_png
@@ -542,6 +543,13 @@ def test_alerts_stand_first(tmp_path: Path) -> None:
     page = _Page(text)
     assert page.headings[0] == "Look at this first"
     assert "Groups without a signal" in text
+
+
+def test_a_parity_gap_beyond_what_the_configuration_tolerates_is_an_alert(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 3)
+    assert "Parity gap" not in write_report(tmp_path / "run").read_text(encoding="utf-8")
+    append_rows(tmp_path / "run", [{**metrics_row(4, 4), "parity/gap": 0.5}])
+    assert "Parity gap" in write_report(tmp_path / "run").read_text(encoding="utf-8")
 
 
 def test_a_page_stays_small(tmp_path: Path) -> None:
