@@ -49,17 +49,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("config", help="a TOML file, or the name of a shipped one")
     parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--at-once", type=int, default=2, help="trials that run side by side, one CPU each")
+    parser.add_argument(
+        "--address", help="a running Ray cluster, such as auto; one of its own on this machine if absent"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
     options, fixed = parser.parse_known_args(arguments)
 
     config = str(Path(options.config).resolve()) if Path(options.config).is_file() else options.config
-    ray.init(num_cpus=options.at_once, include_dashboard=False, ignore_reinit_error=True)
+    if options.address is None:
+        ray.init("local", num_cpus=options.at_once, include_dashboard=False)
+    else:
+        ray.init(options.address)
     search = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(trial, config=config, fixed=fixed, out=str(options.out.resolve())), {"cpu": 1}
         ),
         param_space=SPACE,
-        tune_config=tune.TuneConfig(metric=METRIC, mode="max", num_samples=options.trials),
+        tune_config=tune.TuneConfig(
+            metric=METRIC, mode="max", num_samples=options.trials, max_concurrent_trials=options.at_once
+        ),
         run_config=tune.RunConfig(storage_path=str(options.out.resolve() / "tune"), verbose=0),
     )
     results = search.fit()
