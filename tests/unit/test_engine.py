@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -105,6 +108,29 @@ def test_prompts_are_encoded_once() -> None:
     for _ in range(3):
         engine.generate(ChunkRequest((ONE, TWO), (0,)))
     assert engine.policy.num_encoded == 2  # type: ignore[attr-defined]
+
+
+def test_a_chunk_tells_what_it_took_once_and_the_first_one_what_the_pull_took() -> None:
+    before_s = time.time()
+    engine = _engine()
+    one, two = engine.generate(ChunkRequest((ONE, TWO), (0, 1)))
+    after_s = time.time()
+    assert one.work == two.work
+    assert [work.phase for work in one.work] == ["pull", "sample", "decode"]
+    assert {work.who for work in one.work} == {f"{socket.gethostname()}:{os.getpid()}"}
+    pull, sample, decode = one.work
+    assert before_s <= pull.start_s <= sample.start_s <= decode.start_s
+    assert sample.start_s + sample.seconds == pytest.approx(decode.start_s, abs=1e-6)
+    assert decode.start_s + decode.seconds <= after_s + 1e-6
+    # Both groups' shares of the batch are the batch.
+    assert one.seconds["sample"] + two.seconds["sample"] == pytest.approx(sample.seconds)
+    (again,) = engine.generate(ChunkRequest((ONE,), (2, 3)))
+    assert [work.phase for work in again.work] == ["sample", "decode"]
+    assert again.work[0].start_s >= decode.start_s
+    (held_out,) = engine.generate(ChunkRequest((ONE,), (0,), "eval"))
+    assert [work.phase for work in held_out.work] == ["pull", "sample", "decode"], "its weights were pulled too"
+    assert join_parts([one, again, one]).work == (*one.work, *again.work)
+    assert one.without_outputs().work == (), "the learner is told none of it"
 
 
 def test_versions_are_recorded_and_weights_swap_between_batches() -> None:
