@@ -129,7 +129,8 @@ async def _attempt(run: Training, topology: Topology, died_at: int) -> None:
         seconds = run.seconds_before + time.monotonic() - run.train_started_s
         run.observer = RunObserver(folder, sinks, run.console, seconds, config.held_out_metrics, recorder)
         run.observer.first_eval, run.observer.last_eval = _evaluations(earlier)
-        controller = _controller(run, topology, _telling(run, died_at, start_step, run.observer), heard)
+        hearing = [recorder.phase] if heard is None else [recorder.phase, heard]
+        controller = _controller(run, topology, _telling(run, died_at, start_step, run.observer), hearing)
         controller.step, run.controller = start_step, controller
         if not again:
             for slot, computed in (await topology.fleet.precision_report()).items():
@@ -165,7 +166,7 @@ def _telling(run: Training, died_at: int, back_to: int, observer: RunObserver) -
     return RecoveryObserver(observer, lost_s, recovered)
 
 
-def _controller(run: Training, topology: Topology, observer: Observer, heard: PhaseListener | None) -> Controller:
+def _controller(run: Training, topology: Topology, observer: Observer, hearing: Sequence[PhaseListener]) -> Controller:
     """The loop over the topology's roles, with the guard's state and the way to write checkpoints."""
     config, folder = run.config, run.folder
     record = run_record(config, run.inputs, run.origin)
@@ -182,6 +183,10 @@ def _controller(run: Training, topology: Topology, observer: Observer, heard: Ph
                 "lie on a file system that the cluster shares; choose another --run-dir"
             )
         await asyncio.to_thread(prune_checkpoints, folder.checkpoints, config.checkpoint.keep, controller.watch.spared)
+
+    def heard(phase: str, seconds: float) -> None:
+        for listener in hearing:
+            listener(phase, seconds)
 
     controller = Controller(
         config,
