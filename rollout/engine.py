@@ -90,7 +90,6 @@ class RolloutEngine(Generic[PolicyT]):
         self._snapshots: dict[WeightSlot, WeightSnapshot] = {}
         self._loaded: WeightSlot | None = None
         self._who = f"{socket.gethostname()}:{os.getpid()}"
-        self._pulls: dict[WeightSlot, Work] = {}
 
     def pull(self, snapshot: WeightSnapshot, slot: WeightSlot = "rollout") -> Pulled:
         """Verify and load a published snapshot, between batches. Raises WeightError and keeps the old on a fault.
@@ -105,21 +104,20 @@ class RolloutEngine(Generic[PolicyT]):
         self._loaded = slot
         loaded_s = time.perf_counter() - started_s
         copies = [low.shadow.refresh(packed) for low in self._low.values()] if slot == "rollout" else []
-        self._pulls[slot] = Work(self._who, "pull", began_s, time.perf_counter() - started_s)
         return Pulled(
             snapshot.version,
             snapshot.num_bytes,
             loaded_s,
             requantise_s=sum(copy.seconds for copy in copies),
             packed_bytes=sum(copy.num_bytes for copy in copies),
+            work=Work(self._who, "pull", began_s, time.perf_counter() - started_s),
         )
 
     def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
         """One (part of a) group per task, with the request's siblings. Not thread-safe.
 
         A sample that came out not finite has status GENERATION_FAILED; its neighbours are unharmed. Where the slot's
-        setup prunes, a group has the siblings that were drawn to the end. Each group tells the work of the chunk, and
-        the first chunk after a pull tells that of the pull.
+        setup prunes, a group has the siblings that were drawn to the end. Each group tells the work of the chunk.
         """
         version = self._use(WEIGHTS_OF[request.slot])
         count = len(request.sample_indices)
@@ -132,7 +130,7 @@ class RolloutEngine(Generic[PolicyT]):
             texts = [task.prompt.text for task in request.tasks]
             step = request.tasks[0].learner_step
             drawn = self._denoiser.draw(texts, count, request.slot, keys, request.point, step)
-        work = self._work_of(drawn, WEIGHTS_OF[request.slot])
+        work = self._work_of(drawn)
         if drawn.places is not None:
             keys = [keys[place] for place in drawn.places]
             count = len(keys) // len(request.tasks)
@@ -150,12 +148,11 @@ class RolloutEngine(Generic[PolicyT]):
         """What computes the slots that have a low-precision copy, for a person to read; see `Shadow.describe`."""
         return {slot: low.shadow.describe() for slot, low in self._low.items()}
 
-    def _work_of(self, drawn: Drawn, slot: WeightSlot) -> tuple[Work, ...]:
-        """What has just been drawn and decoded, and the pull before it that no chunk has told of yet."""
+    def _work_of(self, drawn: Drawn) -> tuple[Work, ...]:
+        """What has just been drawn and decoded."""
         decode_s = time.time() - drawn.decode_s
         sample = Work(self._who, "sample", decode_s - drawn.sample_s, drawn.sample_s)
-        pull = self._pulls.pop(slot, None)
-        return (*(() if pull is None else (pull,)), sample, Work(self._who, "decode", decode_s, drawn.decode_s))
+        return sample, Work(self._who, "decode", decode_s, drawn.decode_s)
 
     def _prepared(self, slot: Slot) -> AbstractContextManager[object]:
         return self._low[slot].shadow.prepared() if slot in self._low else nullcontext()

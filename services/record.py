@@ -48,6 +48,7 @@ from services.timeline import LOOP, as_evaluation, step_timeline, work_of
 
 if TYPE_CHECKING:
     from learner.algorithms import AlgorithmUnion
+    from rollout.drawn import WeightSlot
 
 MAX_FAILURES = 20_000
 """Lines of `failures.jsonl`; a run that fails more often is past reading them."""
@@ -84,7 +85,7 @@ class _Task:
     step_s: float | None
     """How long it took, where that is known."""
     beside: tuple[Work, ...]
-    """The loop's phases and evaluations since the training step before it."""
+    """The loop's phases, pulls and evaluations since the training step before it."""
 
 
 class GroupRecorder:
@@ -119,6 +120,11 @@ class GroupRecorder:
         """A phase of the loop has just ended, and took so long; the next training step's record tells of it."""
         if self._config.every_steps:
             self._beside.append(Work(LOOP, name, self._clock() - seconds, seconds))
+
+    def pulled(self, slot: WeightSlot, works: Sequence[Work]) -> None:
+        """Actors pulled weights; the next training step's record tells when."""
+        if self._config.every_steps:
+            self._beside.extend(as_evaluation(works) if slot == "eval" else works)
 
     def note_evaluation(self, groups: Sequence[RolloutGroup]) -> None:
         """Held-out groups were drawn and scored; the next training step's record tells when."""

@@ -1,8 +1,8 @@
 """When the pieces of a step's work began and ended, for its record (services.record). Pure.
 
-Works come from three places: the step's groups tell what drawing and scoring them took, held-out groups what an
-evaluation beside the step took, and the loop its own phases. Times are those of the machines that did the work, so
-between machines they are as true to each other as their clocks.
+Works come from several places: the step's groups tell what drawing and scoring them took, held-out groups what an
+evaluation beside the step took, actors what pulling took, and the loop its own phases. Times are those of the machines
+that did the work, so between machines they are as true to each other as their clocks.
 """
 
 from __future__ import annotations
@@ -39,15 +39,12 @@ def step_timeline(drawn: Sequence[Work], beside: Sequence[Work], over_s: float, 
     """A step as plain data: when it began, and [who, phase, seconds after its beginning, seconds] of each piece.
 
     drawn: what its groups took; pieces from before the step have negative beginnings, as groups may be drawn while an
-    earlier step is trained. beside: evaluations and phases of the loop, of which those count that ended within it.
+    earlier step is trained. beside: pulls, evaluations and phases of the loop, of which those count that ended in it.
     over_s: when the step was over, in Unix seconds; step_s: how long it took.
     """
     start_s = over_s - step_s
-    first_s = min((work.start_s for work in drawn if work.phase != "pull"), default=start_s)
-    since_s = min(first_s, start_s)
-    # A pull before all that, an evaluation before the first step: no part of this step.
-    kept = [work for work in drawn if work.start_s + work.seconds > since_s]
-    kept += [work for work in beside if work.start_s + work.seconds > start_s]
+    # What was done before the first step, or between two, is no part of any.
+    kept = [*drawn, *(work for work in beside if work.start_s + work.seconds > start_s)]
     longest = sorted(kept, key=lambda work: -work.seconds)[:MAX_WORK]
     return {
         "start": round(start_s, 4),

@@ -214,7 +214,7 @@ def test_the_work_of_both_rounds_is_told(regenerate: bool) -> None:
     group = Drawing(lambda slot, index: float(index)).explored(settings(regenerate=regenerate))
     drawn = ["draft", "draft"] * 6  # twelve drafts in chunks of two
     again = ["regenerate", "regenerate"] * 2 + ["score"] if regenerate else []
-    assert [work.phase for work in group.work] == ["pull", *drawn, "score", *again]
+    assert [work.phase for work in group.work] == [*drawn, "score", *again]
     begun = [work.start_s for work in group.work]
     assert begun == sorted(begun)
     assert {work.who for work in group.work if work.phase == "score"} == {"rewards"}

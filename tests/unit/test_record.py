@@ -140,6 +140,8 @@ def test_a_step_tells_when_its_work_was_done(tmp_path: Path) -> None:
     recording.phase("rollout", 3.0)
     now_s = 1009.0
     recording.phase("train", 6.0)
+    recording.pulled("rollout", [Work("a:1", "pull", 1009.0, 0.5)])
+    recording.pulled("eval", [Work("a:1", "pull", 1003.5, 0.25)])
     # Held-out groups are drawn and scored while the step is trained; two groups of one chunk share its work.
     recording.take("eval", 2, [replace(scored([0.5, 1.0]), work=(Work("a:1", "sample", 1004.0, 1.0),))])
     groups = [replace(scored([0.0, 1.0]), work=drawn), replace(scored([0.0, 1.0]), work=drawn)]
@@ -158,7 +160,9 @@ def test_a_step_tells_when_its_work_was_done(tmp_path: Path) -> None:
                 ["a:1", "sample", 0.5, 2.0],
                 ["a:1", "decode", 2.5, 0.25],
                 ["loop", "train", 3.0, 6.0],
+                ["a:1", "evaluate", 3.5, 0.25],
                 ["a:1", "evaluate", 4.0, 1.0],
+                ["a:1", "pull", 9.0, 0.5],
             ],
             "left_out": 0,
         },
@@ -178,6 +182,7 @@ def test_phases_of_a_step_that_is_not_recorded_are_not_told_by_the_next_one(tmp_
 def test_nothing_is_recorded_where_that_is_configured(tmp_path: Path) -> None:
     recording = recorder(tmp_path, every_steps=0)
     recording.phase("train", 1.0)
+    recording.pulled("rollout", [Work("a:1", "pull", 0.0, 1.0)])
     recording.take("train", 1, [scored([0.0, None])])
     recording.take("eval", 1, [scored([0.0, 1.0])])
     recording.close()

@@ -37,11 +37,11 @@ def test_pieces_are_told_from_the_beginning_of_the_step() -> None:
 
 
 def test_what_was_over_before_the_step_is_no_part_of_it_unless_its_samples_come_from_it() -> None:
-    # From 100 to 104: a hand-off that reaches into it stays; an evaluation and a pull before the first draw do not.
-    drawn = [Work("a:1", "pull", 95.0, 1.0), Work("a:1", "sample", 99.0, 2.0), Work("b:2", "pull", 98.75, 0.5)]
+    # From 100 to 104: a hand-off that reaches into it stays; an evaluation and a publication before it do not.
+    drawn = [Work("a:1", "sample", 98.0, 1.0), Work("a:1", "sample", 99.0, 2.0)]
     beside = [Work("a:1", "evaluate", 90.0, 4.0), Work(LOOP, "publish", 98.0, 1.5), Work(LOOP, "pull", 99.5, 1.0)]
     told = step_timeline(drawn, beside, over_s=104.0, step_s=4.0)["work"]
-    assert told == [["b:2", "pull", -1.25, 0.5], ["a:1", "sample", -1.0, 2.0], [LOOP, "pull", -0.5, 1.0]]
+    assert told == [["a:1", "sample", -2.0, 1.0], ["a:1", "sample", -1.0, 2.0], [LOOP, "pull", -0.5, 1.0]]
 
 
 def test_of_too_many_pieces_the_longest_stay() -> None:
