@@ -205,9 +205,10 @@ def as_json(found: Gantt) -> dict[str, Any]:
 
 
 def _cut(piece: Piece, begin_s: float, end_s: float) -> Piece | None:
-    """The part of a piece between two times; None for one that lies outside."""
+    """The part of a piece between two times; None for one that lies outside, but for what rounding adds."""
     start_s, over_s = max(piece.start_s, begin_s), min(piece.end_s, end_s)
-    return replace(piece, start_s=start_s, seconds=over_s - start_s) if over_s > start_s else None
+    least_s = 0.0 if over_s - start_s == piece.seconds else _TOLERANCE_S
+    return replace(piece, start_s=start_s, seconds=over_s - start_s) if over_s - start_s > least_s else None
 
 
 def _place(who: str) -> tuple[str, int]:

@@ -77,7 +77,10 @@ def test_what_was_drawn_before_the_step_begins_the_axis_and_nothing_else_does() 
 def test_what_ran_for_later_steps_is_in_their_records() -> None:
     # Step 5 began 10 s after step 4, of which its first chunk was drawn from 6 to 9, and the next from 9 on.
     own = step_work(("a:1", "sample", -2.0, 3.0))
-    later = step_work(("a:1", "sample", -4.0, 3.0), ("a:1", "sample", -1.0, 3.0), step=5, start_s=110.0)
+    later = step_work(
+        ("a:1", "sample", -4.0, 3.0), ("a:1", "sample", -1.0, 3.0), ("loop", "rollout", -0.0004, 2.0),
+        step=5, start_s=110.0,
+    )  # fmt: skip
     (row,) = gantt(own, [later], True, 1).rows
     ((first, second, third),) = row.tracks
     assert (first.step, first.start_s, first.seconds) == (4, -2.0, 3.0)
