@@ -25,13 +25,18 @@ from raylign.types import (
     RolloutGroup,
     RolloutStatus,
     SampleKey,
+    Work,
 )
 from services.config import RunConfig
 from services.group_rows import Packed, failure_rows, pack_groups
 from services.record_files import FAILURES_FILE, RecordKind, pictures_path, record_path
 from services.run_dir import config_toml
+from services.timeline import LOOP, REWARDS, step_timeline
 
 EVERY_EVAL = 20
+STEP_S = 5.04
+_BEGAN_S = 1_700_000_000.0
+ACTORS = ("node:101", "node:102")
 
 
 def metrics_row(step: int, num_steps: int) -> dict[str, float]:
@@ -55,8 +60,8 @@ def metrics_row(step: int, num_steps: int) -> dict[str, float]:
         "time/publish_s": 0.05,
         "time/pull_s": 0.06,
         "time/other_s": 0.01,
-        "time/step_s": 5.04,
-        "time/since_start_s": 5.04 * step,
+        "time/step_s": STEP_S,
+        "time/since_start_s": STEP_S * step,
         "throughput/samples_per_s": 4.8 + noise,
         "staleness/mean": 0.5,
         "staleness/max": 1,
@@ -81,6 +86,34 @@ def metrics_row(step: int, num_steps: int) -> dict[str, float]:
         row |= {"eval/mean": held_out, "eval/judge": held_out, "eval/ocr": held_out - 0.02, "eval/diversity": 0.2}
         row |= {"ci95/eval/mean": 0.03, "ci95/eval/judge": 0.03, "ci95/eval/ocr": 0.03, "eval/failed": 0.0}
     return row
+
+
+def made_up_timeline(step: int) -> dict[str, Any]:
+    """When a step's work was done, with the seconds that `metrics_row` tells.
+
+    The first actor draws for it from a second before it on, and scores of its samples overlap.
+    """
+    start_s = _BEGAN_S + STEP_S * (step - 1)
+    first, second = ACTORS
+    drawn = [
+        (first, "sample", -1.0, 2.0),
+        (first, "decode", 1.0, 0.3),
+        (second, "sample", 0.05, 2.0),
+        (second, "decode", 2.05, 0.3),
+        (REWARDS, "score", 1.3, 1.3),
+        (REWARDS, "score", 1.35, 0.45),
+        (REWARDS, "score", 2.35, 0.75),
+    ]
+    beside = [
+        (LOOP, "rollout", 0.0, 3.1),
+        (LOOP, "credit", 3.1, 0.02),
+        (LOOP, "train", 3.12, 1.8),
+        (LOOP, "publish", 4.92, 0.05),
+        (LOOP, "pull", 4.97, 0.06),
+        *((who, "pull", 4.98, 0.04) for who in ACTORS),
+    ]
+    works = [[Work(who, phase, start_s + at, seconds) for who, phase, at, seconds in some] for some in (drawn, beside)]
+    return step_timeline(works[0], works[1], start_s + STEP_S, STEP_S)
 
 
 def made_up_groups(
@@ -165,5 +198,7 @@ def write_record(run: Path, step: int, groups: Sequence[RolloutGroup], kind: Rec
 def _write(path: Path, step: int, kind: RecordKind, rows: Sequence[Mapping[str, Any]], pictures: bytes) -> None:
     path.parent.mkdir(exist_ok=True)
     pictures_path(path).write_bytes(pictures)
-    whole = {"step": step, "kind": kind, "num_groups": len(rows), "groups": rows}
+    whole: dict[str, Any] = {"step": step, "kind": kind, "num_groups": len(rows), "groups": rows}
+    if kind == "train":
+        whole["timeline"] = made_up_timeline(step)
     path.write_text(json.dumps(whole, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")

@@ -245,6 +245,18 @@ class Exploration:
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """One piece of work and when it was done, for timelines. No number of a run depends on it."""
+
+    who: str
+    """host:pid of the process; "rewards" and "loop" are the scoring calls and the phases of the run's loop."""
+    phase: str
+    start_s: float
+    """Unix seconds of the machine it was done on."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutGroup:
     """The G siblings of one prompt."""
 
@@ -263,6 +275,8 @@ class RolloutGroup:
     """This group's share of the time its batch took, by phase ("sample", "decode")."""
     exploration: Exploration | None = None
     """Where its siblings come from, when they were chosen among drafts."""
+    work: tuple[Work, ...] = ()
+    """What was done for it, each once; groups drawn or scored together have pieces in common."""
 
     @property
     def group_size(self) -> int:
@@ -286,10 +300,12 @@ class RolloutGroup:
     def min_version(self) -> WeightVersion:
         return min(rollout.min_version for rollout in self.rollouts)
 
-    def with_rewards(self, rewards: Sequence[RewardBreakdown], seconds: float = 0.0) -> RolloutGroup:
+    def with_rewards(
+        self, rewards: Sequence[RewardBreakdown], seconds: float = 0.0, work: Sequence[Work] = ()
+    ) -> RolloutGroup:
         """The same group with one breakdown per sibling; a missing total marks the sibling as failed.
 
-        `seconds` is the time the rewards took for this group.
+        `seconds` is the time the rewards took for this group, `work` the calls that scored it.
         """
         if len(rewards) != self.group_size:
             raise ValueError(f"group {self.prompt.id!r} has {self.group_size} siblings, got {len(rewards)} rewards")
@@ -301,7 +317,7 @@ class RolloutGroup:
             )
             for rollout, reward in zip(self.rollouts, rewards, strict=True)
         )
-        return replace(self, rollouts=rollouts, seconds={**self.seconds, "reward": seconds})
+        return replace(self, rollouts=rollouts, seconds={**self.seconds, "reward": seconds}, work=(*self.work, *work))
 
     def siblings(self, places: Sequence[int]) -> RolloutGroup:
         """The group of some of its siblings, in the order given."""
@@ -317,7 +333,7 @@ class RolloutGroup:
     def without_outputs(self) -> RolloutGroup:
         """The same group without decoded pictures or texts: what the learner needs."""
         seen = None if self.exploration is None else replace(self.exploration, images_NHWC=None)
-        return replace(self, images_GHWC=None, texts=None, exploration=seen)
+        return replace(self, images_GHWC=None, texts=None, exploration=seen, work=())
 
 
 def _status_after(status: RolloutStatus, reward: RewardBreakdown) -> RolloutStatus:

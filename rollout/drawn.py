@@ -11,7 +11,7 @@ import torch
 
 from raylign.models.base import Conditioning
 from raylign.models.tokens import TokenPrompts
-from raylign.types import LatentTrajectory, SampleKey, TokenTrajectory, WeightVersion
+from raylign.types import LatentTrajectory, SampleKey, TokenTrajectory, WeightVersion, Work
 
 WeightSlot = Literal["rollout", "eval"]
 """Which published weights."""
@@ -78,6 +78,7 @@ class Pulled:
 
     requantise_s, packed_bytes: making the low-precision copies anew from it, and their size; 0 where there are none.
     detour: why it did not come by the weight store that is configured; empty when it did.
+    work: when that was, fetching it included where it came from elsewhere.
     """
 
     version: WeightVersion
@@ -86,6 +87,7 @@ class Pulled:
     requantise_s: float = 0.0
     packed_bytes: int = 0
     detour: str = ""
+    work: Work | None = None
 
 
 class Denoiser(Protocol):

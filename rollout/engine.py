@@ -6,6 +6,8 @@ keyed, so a sample is bit for bit the same whoever makes it. What is drawn, pict
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +23,7 @@ from raylign.models.tokens import TokenPolicy
 from raylign.precision.broadcast import load_high
 from raylign.precision.packed import Packed
 from raylign.precision.shadow import Shadow
-from raylign.types import LatentTrajectory, Rollout, RolloutGroup, RolloutStatus, SampleKey, WeightVersion
+from raylign.types import LatentTrajectory, Rollout, RolloutGroup, RolloutStatus, SampleKey, WeightVersion, Work
 from raylign.weight_delta import apply_delta
 from raylign.weights import WeightSnapshot
 from rollout.drawn import (
@@ -87,6 +89,7 @@ class RolloutEngine(Generic[PolicyT]):
         self._denoiser = _make_denoiser(policy, setups, run_seed, computing)
         self._snapshots: dict[WeightSlot, WeightSnapshot] = {}
         self._loaded: WeightSlot | None = None
+        self._who = f"{socket.gethostname()}:{os.getpid()}"
 
     def pull(self, snapshot: WeightSnapshot, slot: WeightSlot = "rollout") -> Pulled:
         """Verify and load a published snapshot, between batches. Raises WeightError and keeps the old on a fault.
@@ -94,7 +97,7 @@ class RolloutEngine(Generic[PolicyT]):
         A delta is applied to what the slot pulled last. Low-precision copies are made anew from the rollout weights, or
         taken as the learner packed them, in the memory they are in.
         """
-        started_s = time.perf_counter()
+        began_s, started_s = time.time(), time.perf_counter()
         whole = apply_delta(self._snapshots.get(slot), snapshot) if snapshot.kind == "delta" else snapshot
         packed = self._load(whole, slot)
         self._snapshots[slot] = whole
@@ -107,13 +110,14 @@ class RolloutEngine(Generic[PolicyT]):
             loaded_s,
             requantise_s=sum(copy.seconds for copy in copies),
             packed_bytes=sum(copy.num_bytes for copy in copies),
+            work=Work(self._who, "pull", began_s, time.perf_counter() - started_s),
         )
 
     def generate(self, request: ChunkRequest) -> list[RolloutGroup]:
         """One (part of a) group per task, with the request's siblings. Not thread-safe.
 
         A sample that came out not finite has status GENERATION_FAILED; its neighbours are unharmed. Where the slot's
-        setup prunes, a group has the siblings that were drawn to the end.
+        setup prunes, a group has the siblings that were drawn to the end. Each group tells the work of the chunk.
         """
         version = self._use(WEIGHTS_OF[request.slot])
         count = len(request.sample_indices)
@@ -126,10 +130,12 @@ class RolloutEngine(Generic[PolicyT]):
             texts = [task.prompt.text for task in request.tasks]
             step = request.tasks[0].learner_step
             drawn = self._denoiser.draw(texts, count, request.slot, keys, request.point, step)
+        work = self._work_of(drawn)
         if drawn.places is not None:
             keys = [keys[place] for place in drawn.places]
             count = len(keys) // len(request.tasks)
-        return [_group(task, keys, drawn, place, count, version) for place, task in enumerate(request.tasks)]
+        groups = [_group(task, keys, drawn, place, count, version) for place, task in enumerate(request.tasks)]
+        return [replace(group, work=work) for group in groups]
 
     def probe(self, text: str, slot: Slot = "rollout") -> Probe:
         """What a slot's policy answers for one prompt, unguided, at three noise levels."""
@@ -141,6 +147,12 @@ class RolloutEngine(Generic[PolicyT]):
     def precision_report(self) -> dict[Slot, str]:
         """What computes the slots that have a low-precision copy, for a person to read; see `Shadow.describe`."""
         return {slot: low.shadow.describe() for slot, low in self._low.items()}
+
+    def _work_of(self, drawn: Drawn) -> tuple[Work, ...]:
+        """What has just been drawn and decoded."""
+        decode_s = time.time() - drawn.decode_s
+        sample = Work(self._who, "sample", decode_s - drawn.sample_s, drawn.sample_s)
+        return sample, Work(self._who, "decode", decode_s, drawn.decode_s)
 
     def _prepared(self, slot: Slot) -> AbstractContextManager[object]:
         return self._low[slot].shadow.prepared() if slot in self._low else nullcontext()
@@ -189,6 +201,7 @@ def join_parts(parts: Sequence[RolloutGroup]) -> RolloutGroup:
         images_GHWC=np.concatenate(images) if images else None,
         texts=texts or None,
         seconds={phase: sum(part.seconds.get(phase, 0.0) for part in parts) for phase in first.seconds},
+        work=tuple(dict.fromkeys(work for part in parts for work in part.work)),
     )
 
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from raylign.config import Config
 from raylign.precision import RolloutPrecision
 from raylign.samplers import SamplerConfig
-from raylign.types import Prompt, RewardBreakdown, RolloutGroup, SampleKey
+from raylign.types import Prompt, RewardBreakdown, RolloutGroup, SampleKey, Work
 from rollout.pruning import PruneConfig
 from rollout.selection import Selection
 
@@ -63,6 +63,8 @@ class DraftGroup:
     texts: tuple[str, ...] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])
     """Busy seconds by phase ("sample", "decode", "reward")."""
+    work: tuple[Work, ...] = ()
+    """What drawing and scoring them took, piece by piece."""
 
     @property
     def totals(self) -> tuple[float | None, ...]:
@@ -84,4 +86,5 @@ def as_drafts(drawn: RolloutGroup) -> DraftGroup:
         drawn.images_GHWC,
         drawn.texts,
         drawn.seconds,
+        drawn.work,
     )

@@ -27,10 +27,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from raylign.errors import CheckpointError, NumericsError, RaylignError, RewardError, StalenessError
-from raylign.types import Exploration, RolloutGroup, StepResult, WeightVersion
+from raylign.types import Exploration, RolloutGroup, StepResult, WeightVersion, Work
 from rollout.buffer import TicketBuffer
-from rollout.drawn import AS_CONFIGURED, EvalPoint
-from rollout.engine import ChunkRequest, chunk_requests, join_parts
+from rollout.drawn import AS_CONFIGURED, EvalPoint, Pulled
+from rollout.engine import ChunkRequest, WeightSlot, chunk_requests, join_parts
 from rollout.prompts import GroupTask, PromptStream
 from services.config import RunConfig
 from services.exploration import explored_group
@@ -38,7 +38,7 @@ from services.guard import Verdict
 from services.guard_run import RewardGuard
 from services.parity import parity_gap
 from services.pull_metrics import pull_metrics
-from services.roles import Fleet, LearnerRole, Scorer
+from services.roles import Fleet, LearnerRole, Scorer, SnapshotHandle
 from services.scoring import score_groups
 from services.staleness import StalenessGuard
 from services.step_metrics import failed_samples, over_updates, staleness_metrics, step_metrics
@@ -90,7 +90,9 @@ class Controller:
         stop: asyncio.Event | None = None,
         watch: RewardGuard | None = None,
         heard: Callable[[str, float], None] | None = None,
+        pulled: Callable[[WeightSlot, Sequence[Work]], None] | None = None,
     ) -> None:
+        """`heard` is told of each phase of the loop when it ends, `pulled` of what pulls took the actors."""
         self._config = config
         self._prompts = prompts
         self._heldout = heldout
@@ -100,6 +102,7 @@ class Controller:
         self._observer = observer
         self._save = save
         self._timeline = Timeline(heard=heard)
+        self._tell_pulls = pulled
         self._spawned: set[asyncio.Task[None]] = set()
         self._refused = 0
         self._mid_step = False
@@ -164,7 +167,7 @@ class Controller:
         samples = self._config.eval.samples_per_prompt
         chunk = max(samples, self._config.chunk_size // samples * samples)
         snapshot = await self._learner.publish(step, "eval")
-        await self._fleet.pull(snapshot, "eval")
+        await self._pull(snapshot, "eval")
         requests = chunk_requests(self._heldout, samples, chunk, "eval")
         groups = await self._make_groups(requests, evaluation=True)
         self._check_failures(groups, f"evaluation at step {step}")
@@ -324,7 +327,13 @@ class Controller:
         with _timed(self._timeline, "publish"):
             snapshot = await self._learner.publish(version, "rollout")
         with _timed(self._timeline, "pull"):
-            self._pulled = pull_metrics(await self._fleet.pull(snapshot, "rollout"))
+            self._pulled = pull_metrics(await self._pull(snapshot, "rollout"))
+
+    async def _pull(self, snapshot: SnapshotHandle, slot: WeightSlot) -> Sequence[Pulled]:
+        pulls = await self._fleet.pull(snapshot, slot)
+        if self._tell_pulls is not None:
+            self._tell_pulls(slot, [pull.work for pull in pulls if pull.work is not None])
+        return pulls
 
     async def _check_parity(self, version: WeightVersion) -> None:
         """The parity gate: every actor and the learner predict alike, or the run stops before it trains on the gap.

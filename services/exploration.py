@@ -21,6 +21,7 @@ from rollout.prompts import GroupTask
 from rollout.selection import select
 from services.config import RunConfig
 from services.step_metrics import failed_samples
+from services.timeline import renamed
 
 Draw = Callable[[Sequence[ChunkRequest]], Awaitable[RolloutGroup]]
 """Draws the chunks of one prompt and scores its group when it is whole."""
@@ -50,8 +51,10 @@ async def explored_group(config: RunConfig, explore: ExploreConfig, task: GroupT
     select_s = time.perf_counter() - started_s
     if group is None:
         group = await draw(requests_of(task, chosen, config.chunk_size, "rollout"))
-        return replace(group, exploration=seen, seconds=_seconds(drafts, select_s, group.seconds))
-    return replace(group, exploration=seen, seconds=_seconds(drafts, select_s, {}))
+        again, seconds = renamed(group.work, "regenerate"), _seconds(drafts, select_s, group.seconds)
+    else:
+        again, seconds = (), _seconds(drafts, select_s, {})
+    return replace(group, exploration=seen, seconds=seconds, work=(*renamed(drafts.work, "draft"), *again))
 
 
 def requests_of(task: GroupTask, indices: Sequence[int], chunk_size: int, slot: Slot) -> list[ChunkRequest]:

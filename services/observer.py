@@ -60,7 +60,7 @@ class RunObserver:
 
     def stepped(self, step: int, metrics: Mapping[str, float], groups: Sequence[RolloutGroup]) -> None:
         everything = {**metrics, "time/since_start_s": self.seconds}
-        self._record("train", step, groups)
+        self._record("train", step, groups, metrics.get("time/step_s"))
         self._sinks.log(step, {**everything, **interval_metrics(groups, "reward")})
         self._sinks.values(step, "reward", [total for group in groups for total in valid_totals(group)])
         self._console.step(step, everything)
@@ -83,15 +83,18 @@ class RunObserver:
 
     def swept(self, step: int, sweeps: Mapping[EvalPoint, Sequence[RolloutGroup]]) -> None:
         """Held-out groups by point: texts become a curve of the frontier, pictures the reward gap."""
+        if self._recorder is not None:
+            others = [group for point, groups in sweeps.items() if point != AS_CONFIGURED for group in groups]
+            self._recorder.note_evaluation(others)
         if any(group.texts is not None for groups in sweeps.values() for group in groups):
             self._show_frontier(step, sweeps)
         else:
             self._show_gaps(step, sweeps)
 
-    def _record(self, kind: RecordKind, step: int, groups: Sequence[RolloutGroup]) -> None:
+    def _record(self, kind: RecordKind, step: int, groups: Sequence[RolloutGroup], step_s: float | None = None) -> None:
         """Hand the groups to the recorder, if there is one."""
         if self._recorder is not None:
-            self._recorder.take(kind, step, groups)
+            self._recorder.take(kind, step, groups, step_s)
 
     def _show_frontier(self, step: int, sweeps: Mapping[EvalPoint, Sequence[RolloutGroup]]) -> None:
         """A curve over entropy budgets, and the run's own operating point beside it."""

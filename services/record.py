@@ -9,6 +9,8 @@ or at the end.
 The disk is bounded by `record.max_mib`: when the groups of training steps outgrow it, the older ones are thinned to
 every second, fourth, eighth … step, and the newest `record.keep_newest` stay as long as they fit. Held-out groups, of
 which there are few, have a quarter of it, and lines of failures are no more than MAX_FAILURES.
+
+A training step's record also tells when each piece of its work began and ended (services.timeline).
 """
 
 from __future__ import annotations
@@ -19,16 +21,17 @@ import os
 import queue
 import shutil
 import threading
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from raylign.config import Config
-from raylign.types import LatentTrajectory, RolloutGroup, RolloutStatus
+from raylign.types import LatentTrajectory, RolloutGroup, RolloutStatus, Work
 from services.group_rows import failure_rows, pack_groups
 from services.record_files import (
     FAILURES_FILE,
@@ -41,9 +44,11 @@ from services.record_files import (
     recorded_steps,
     sized_steps,
 )
+from services.timeline import LOOP, as_evaluation, step_timeline, work_of
 
 if TYPE_CHECKING:
     from learner.algorithms import AlgorithmUnion
+    from rollout.drawn import WeightSlot
 
 MAX_FAILURES = 20_000
 """Lines of `failures.jsonl`; a run that fails more often is past reading them."""
@@ -75,13 +80,28 @@ class _Task:
     kind: RecordKind
     step: int
     groups: tuple[RolloutGroup, ...]
+    over_s: float
+    """When it was over, in Unix seconds."""
+    step_s: float | None
+    """How long it took, where that is known."""
+    beside: tuple[Work, ...]
+    """The loop's phases, pulls and evaluations since the training step before it."""
 
 
 class GroupRecorder:
     """See the module. Must be closed; an error of the writer is raised by the next call."""
 
-    def __init__(self, config: RecordConfig, algorithm: AlgorithmUnion, run: Path, resumed_step: int | None) -> None:
+    def __init__(
+        self,
+        config: RecordConfig,
+        algorithm: AlgorithmUnion,
+        run: Path,
+        resumed_step: int | None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         """`resumed_step` is the last finished step of the checkpoint the run goes on from; None starts anew."""
+        self._clock = clock
+        self._beside: list[Work] = []
         self._config = config
         self._algorithm = algorithm
         self._run = run
@@ -96,14 +116,38 @@ class GroupRecorder:
         self._thread = threading.Thread(target=self._work, name="record of groups", daemon=True)
         self._thread.start()
 
-    def take(self, kind: RecordKind, step: int, groups: Sequence[RolloutGroup]) -> None:
-        """Record a step's groups, soon. Raises what stopped the writer."""
+    def phase(self, name: str, seconds: float) -> None:
+        """A phase of the loop has just ended, and took so long; the next training step's record tells of it."""
+        if self._config.every_steps:
+            self._beside.append(Work(LOOP, name, self._clock() - seconds, seconds))
+
+    def pulled(self, slot: WeightSlot, works: Sequence[Work]) -> None:
+        """Actors pulled weights; the next training step's record tells when."""
+        if self._config.every_steps:
+            self._beside.extend(as_evaluation(works) if slot == "eval" else works)
+
+    def note_evaluation(self, groups: Sequence[RolloutGroup]) -> None:
+        """Held-out groups were drawn and scored; the next training step's record tells when."""
+        if self._config.every_steps:
+            self._beside.extend(as_evaluation(work_of(groups)))
+
+    def take(self, kind: RecordKind, step: int, groups: Sequence[RolloutGroup], step_s: float | None = None) -> None:
+        """Record a step's groups, soon. Raises what stopped the writer.
+
+        step_s: how long a training step took that is over now.
+        """
         self._raise_error()
+        beside: list[Work] = []
+        if kind == "train":
+            beside, self._beside = self._beside, beside
+        else:
+            self.note_evaluation(groups)
         every = self._config.every_steps
         if every == 0 or (kind == "train" and step % every and not _any_failed(groups)):
             return
+        shown = tuple(map(shown_part, groups))
         try:
-            self._queue.put_nowait(_Task(kind, step, tuple(map(shown_part, groups))))
+            self._queue.put_nowait(_Task(kind, step, shown, self._clock(), step_s, tuple(beside)))
         except queue.Full:
             self.num_skipped += 1
 
@@ -145,7 +189,9 @@ class GroupRecorder:
         newest = task.step - 1 if training else None
         packed = pack_groups(shown, credit, newest, self._config.picture_size)
         told = {"step": task.step, "kind": task.kind, "num_groups": len(task.groups), "num_skipped": self.num_skipped}
-        whole = {**told, "groups": packed.groups}
+        whole: dict[str, Any] = {**told, "groups": packed.groups}
+        if training and task.step_s is not None:
+            whole["timeline"] = step_timeline(work_of(task.groups), task.beside, task.over_s, task.step_s)
         data = json.dumps(whole, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         if packed.pictures:
             _replace(pictures_path(path), packed.pictures)

@@ -7,11 +7,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from raylign.types import RewardBreakdown, RewardFailure, RewardSample, RolloutGroup, RolloutStatus
+from raylign.types import RewardBreakdown, RewardFailure, RewardSample, RolloutGroup, RolloutStatus, Work
 from rewards import RewardMix
 from rewards.grouping import in_groups
 from rewards.remote import RewardClient
 from services.roles import Scorer
+from services.timeline import REWARDS
 
 
 class HttpScorer:
@@ -84,13 +85,14 @@ async def score_groups(scorer: Scorer, groups: Sequence[RolloutGroup], evaluatio
         for place, rollout in enumerate(group.rollouts)
         if rollout.status is RolloutStatus.OK
     ]
-    started_s = time.perf_counter()
+    began_s, started_s = time.time(), time.perf_counter()
     scores = iter(await scorer.score(samples, evaluation) if samples else [])
-    share = (time.perf_counter() - started_s) / len(groups)
+    seconds = time.perf_counter() - started_s
+    share, work = seconds / len(groups), [Work(REWARDS, "score", began_s, seconds)] if samples else []
     scored: list[RolloutGroup] = []
     for group in groups:
         rewards = [next(scores) if r.status is RolloutStatus.OK else _not_drawn() for r in group.rollouts]
-        scored.append(group.with_rewards(rewards, share))
+        scored.append(group.with_rewards(rewards, share, work))
     return scored
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from learner.checkpoint import CheckpointManifest, prune_checkpoints, verify_checkpoint
 from raylign.errors import CheckpointError, RunDirError
 from raylign.metrics import MetricsRow, read_metrics
-from raylign.types import JsonValue
+from raylign.types import JsonValue, Work
+from rollout.drawn import WeightSlot
 from rollout.prompts import PromptStream
 from services.config import RunConfig
 from services.config_changes import read_changes
@@ -129,7 +130,9 @@ async def _attempt(run: Training, topology: Topology, died_at: int) -> None:
         seconds = run.seconds_before + time.monotonic() - run.train_started_s
         run.observer = RunObserver(folder, sinks, run.console, seconds, config.held_out_metrics, recorder)
         run.observer.first_eval, run.observer.last_eval = _evaluations(earlier)
-        controller = _controller(run, topology, _telling(run, died_at, start_step, run.observer), heard)
+        hearing = [recorder.phase] if heard is None else [recorder.phase, heard]
+        observer = _telling(run, died_at, start_step, run.observer)
+        controller = _controller(run, topology, observer, hearing, recorder.pulled)
         controller.step, run.controller = start_step, controller
         if not again:
             for slot, computed in (await topology.fleet.precision_report()).items():
@@ -165,7 +168,13 @@ def _telling(run: Training, died_at: int, back_to: int, observer: RunObserver) -
     return RecoveryObserver(observer, lost_s, recovered)
 
 
-def _controller(run: Training, topology: Topology, observer: Observer, heard: PhaseListener | None) -> Controller:
+def _controller(
+    run: Training,
+    topology: Topology,
+    observer: Observer,
+    hearing: Sequence[PhaseListener],
+    pulled: Callable[[WeightSlot, Sequence[Work]], None],
+) -> Controller:
     """The loop over the topology's roles, with the guard's state and the way to write checkpoints."""
     config, folder = run.config, run.folder
     record = run_record(config, run.inputs, run.origin)
@@ -183,6 +192,10 @@ def _controller(run: Training, topology: Topology, observer: Observer, heard: Ph
             )
         await asyncio.to_thread(prune_checkpoints, folder.checkpoints, config.checkpoint.keep, controller.watch.spared)
 
+    def heard(phase: str, seconds: float) -> None:
+        for listener in hearing:
+            listener(phase, seconds)
+
     controller = Controller(
         config,
         PromptStream(run.inputs.prompts, config.seed, config.groups_per_step),
@@ -195,6 +208,7 @@ def _controller(run: Training, topology: Topology, observer: Observer, heard: Ph
         run.stop,
         RewardGuard(config, run.console.note, folder.checkpoints),
         heard=heard,
+        pulled=pulled,
     )
     restore_guards(controller, run.start, config)
     return controller

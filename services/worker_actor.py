@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -84,9 +85,11 @@ class Worker:
                 self._check_pulled(slot)
             return self._engine.pull(fetched, slot)  # type: ignore[union-attr]
 
+        began_s = time.time()
         report, fetched = take(self._weights, snapshot, load)
         self._pulled.add(slot)
-        return replace(report, detour=fetched.detour)
+        work = report.work and replace(report.work, start_s=began_s, seconds=time.time() - began_s)
+        return replace(report, detour=fetched.detour, work=work)
 
     def _check_pulled(self, slot: WeightSlot) -> None:
         """Tell the fleet, which may not know that this process is a new one."""

@@ -25,6 +25,7 @@ from raylign.types import (
     SampleKey,
     StepResult,
     WeightVersion,
+    Work,
 )
 from raylign.weights import WeightSnapshot, make_snapshot, verify_snapshot
 from rollout.drawn import Pulled
@@ -116,7 +117,7 @@ class FakeFleet:
             await asyncio.sleep(0)
         if slot == "rollout":
             self.version = snapshot
-        return [Pulled(snapshot, num_bytes=8, load_s=0.25)]
+        return [Pulled(snapshot, num_bytes=8, load_s=0.25, work=Work("fake", f"pull of {slot}", 0.0, 0.25))]
 
     async def precision_report(self) -> dict[Slot, str]:
         return {}

@@ -4,7 +4,7 @@
     GET  /api/runs                              every run of the folder
     GET  /api/runs/NAME                         how it goes: state, alerts, timing, what is recorded
     GET  /api/runs/NAME/series?keys=A,B&points=400
-    GET  /api/runs/NAME/steps/STEP              one step's numbers, timeline and ages
+    GET  /api/runs/NAME/steps/STEP              one step's numbers, seconds by role, timeline and ages
     GET  /api/runs/NAME/groups/train|eval/STEP  its groups
     GET  /api/runs/NAME/pictures/KIND/STEP/OFFSET-LENGTH
     GET  /api/runs/NAME/failures  /frontier  /config  /samples/FILE
@@ -31,7 +31,16 @@ from starlette.staticfiles import StaticFiles
 from raylign.errors import ConfigError
 from services.dashboard.access import MIN_TOKEN, Guard, same, session_cookie
 from services.dashboard.events import stream
-from services.dashboard.runs import RunFiles, RunsFolder, UnknownRunError, compared, frontier, raw_config, sample_files
+from services.dashboard.runs import (
+    RunFiles,
+    RunsFolder,
+    UnknownRunError,
+    compared,
+    frontier,
+    raw_config,
+    sample_files,
+    timeline,
+)
 from services.dashboard.series import curve
 from services.dashboard.timing import ages, as_json, lanes
 from services.record_files import RECORD_KINDS, RecordKind, picture_type, read_failures, read_picture, read_record
@@ -148,14 +157,17 @@ class _Pages:
 
     def step(self, request: Request) -> Response:
         run = self._run(request)
-        row = run.tail.refresh().row(request.path_params["step"])
+        step: int = request.path_params["step"]
+        row = run.tail.refresh().row(step)
         if row is None:
             raise UnknownRunError("no such step")
         config = raw_config(run.path)
         actors = config.get("rollout", {}).get("num_actors", 1)
         num_actors = 1 if config.get("placement") == "in_process" else int(actors)
         finite = {name: value for name, value in row.items() if value == value and abs(value) != float("inf")}
-        return JSONResponse({"row": finite, "lanes": as_json(lanes(finite, num_actors)), "ages": ages(finite)})
+        num_actors = int(finite.get("actors/in_service", num_actors)) or num_actors
+        answer = {"row": finite, "lanes": as_json(lanes(finite, num_actors)), "ages": ages(finite)}
+        return JSONResponse({**answer, **timeline(run, step, config, num_actors)})
 
     def groups(self, request: Request) -> Response:
         run, kind = self._run(request), _kind(request)

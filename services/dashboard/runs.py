@@ -19,9 +19,10 @@ from typing import Any
 from raylign.errors import RaylignError, RunDirError
 from services.dashboard.alerts import Facts, alerts, held_out_rewards
 from services.dashboard.columns import Columns, MetricsTail, sampled_rows
+from services.dashboard.gantt import as_json, gantt, read_work
 from services.dashboard.timing import slowest
 from services.headlines import is_metric
-from services.record_files import RECORD_KINDS, as_ranges, recorded_steps
+from services.record_files import RECORD_KINDS, as_ranges, read_record, recorded_steps
 from services.run_dir import RunDir
 
 _SPARK_POINTS = 48
@@ -29,6 +30,8 @@ _RECENT = 20
 _ENDS = ("eval/", "reward/", "throughput/", "nfe/")
 _NO_GAP = 5e-6
 """Half of the narrowest tolerance: nothing to be said of less."""
+_MAX_LATER = 8
+"""Records after a step's own that are read for its timeline."""
 _KILLED_AFTER_S = 120.0
 """A run on another machine that has written nothing for so long is taken for dead."""
 
@@ -225,6 +228,21 @@ def frontier(run: RunFiles) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return data if isinstance(data, dict) else None
+
+
+def timeline(run: RunFiles, step: int, config: Mapping[str, Any], num_actors: int) -> dict[str, Any]:
+    """When the pieces of a training step ran, None where no record tells; and how many later records may add to that.
+
+    With a staleness of S, groups of the next S steps may be drawn while it runs, and their records tell of that.
+    """
+    own = read_work(read_record(run.path, "train", step))
+    ahead, last = (value if isinstance(value := config.get(key), int) else 0 for key in ("max_staleness", "num_steps"))
+    due = range(step + 1, min(step + ahead, last) + 1)
+    if own is None:
+        return {"timeline": None, "ahead": len(due)}
+    later = [read_work(read_record(run.path, "train", one)) for one in due[:_MAX_LATER]]
+    found = [work for work in later if work is not None]
+    return {"timeline": as_json(gantt(own, found, len(found) == len(due), num_actors)), "ahead": len(due)}
 
 
 def is_live(run: RunDir, now_s: float) -> bool:

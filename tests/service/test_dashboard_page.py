@@ -15,7 +15,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks.recorded_run import append_rows, made_up_groups, make_run, metrics_row, write_record
+from benchmarks.recorded_run import (
+    ACTORS,
+    STEP_S,
+    append_rows,
+    made_up_groups,
+    made_up_timeline,
+    make_run,
+    metrics_row,
+    write_record,
+)
+from services.timeline import REWARDS
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -33,10 +43,11 @@ HOSTILE = (
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A long run, one that goes on, and one whose texts are hostile."""
+    """A long run, two that go on, of which one is asynchronous and behind with its record, and one of hostile texts."""
     folder = tmp_path_factory.mktemp("runs")
     make_run(folder / "long", STEPS, groups_of=range(1, STEPS + 1))
-    make_run(folder / "live", 30, groups_of=range(1, 31))
+    make_run(folder / "live", 30, groups_of=range(1, 31), max_staleness=1)
+    make_run(folder / "ahead", 3, groups_of=[1, 2], max_staleness=1)
     make_run(folder / "hostile<img src=x onerror=window.hacked=1>", 97, groups_of=[96, 97], prompt=HOSTILE)
     return folder
 
@@ -102,7 +113,7 @@ def until(page: Any, script: str) -> None:
 
 def test_a_run_of_ten_thousand_steps_opens_at_once(page: Any, address: str) -> None:
     page.goto(f"{address}/")
-    page.wait_for_selector("text=3 runs")
+    page.wait_for_selector("text=4 runs")
     loads: list[float] = []
     for _ in range(3):  # the best of three, as the tests share their machine
         page.goto("about:blank")
@@ -134,6 +145,66 @@ def test_a_new_step_appears_within_a_second(page: Any, address: str, runs: Path)
         page.wait_for_selector(f"#groups .group h3:has-text('prompt of step {step}')")
         page.wait_for_selector(f"#latest img[src*='/train/{step}/']")
     assert min(waits) <= UPDATE_S, waits
+
+
+def test_the_pieces_of_a_step_lie_where_its_record_says(page: Any, address: str) -> None:
+    open_run(page, address, "live")
+    page.locator("#group-step").fill("12")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#gantt[data-step='12']")
+    lanes = page.locator("#gantt .lane:not(.axis)")
+    assert [lanes.nth(place).locator("> span").first.inner_text() for place in range(lanes.count())] == [
+        "Rollout actor 1",
+        "Rollout actor 2",
+        "Rewards",
+        "Learner and loop",
+    ]
+    assert lanes.nth(0).locator("> span").first.get_attribute("title") == ACTORS[0]
+    drawn = page.evaluate(
+        "[...document.querySelectorAll('#gantt .lane:not(.axis)')].flatMap((lane) => {"
+        " const room = lane.querySelector('.tracks').getBoundingClientRect();"
+        " const share = (pixels) => (pixels - room.left) / room.width;"
+        " return [...lane.querySelectorAll('.piece')].map((piece) => { const box = piece.getBoundingClientRect();"
+        " return [lane.firstChild.title, piece.className.match(/p-(\\w+)/)[1], share(box.left), share(box.right),"
+        " box.top - room.top, piece.classList.contains('later')]; }); })"
+    )
+    # The axis goes from a second before the step, when its first chunk was begun, to its end.
+    found = {(who, phase, round(left, 2)): (right, top, later) for who, phase, left, right, top, later in drawn}
+    span = 1.0 + STEP_S
+    told: list[Any] = [*made_up_timeline(12)["work"], [ACTORS[0], "sample", STEP_S - 1.0, 1.0]]
+    assert len(drawn) == len(told)
+    for place, (who, phase, start, seconds) in enumerate(told):
+        right, _, later = found[who, phase, round((1.0 + start) / span, 2)]
+        assert right == pytest.approx((1.0 + start + seconds) / span, abs=0.005)
+        assert later == (place == len(told) - 1), "what was drawn for step 13 is pale"
+    # Two calls at once lie below each other, one after the other beside each other.
+    first, second, third = (found[REWARDS, "score", round((1.0 + at) / span, 2)][1] for at in (1.3, 1.35, 2.35))
+    assert first < second == third
+    assert page.locator("#gantt .before").count() == 4, "a line marks where the step began"
+    told_aloud = page.get_by_role(
+        "img", name=re.compile("Rollout actor 2: generate 2.00 s, decode 0.30 s, .*idle 54 %")
+    )
+    assert told_aloud.count() == 1
+    page.locator("#gantt summary").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(f"#gantt tbody tr:nth-child({len(told)})")
+    assert page.locator("#gantt tbody tr").count() == len(told)
+    assert page.locator("#gantt tbody tr").first.inner_text().split("\t") == [
+        "Rollout actor 1: generate", "−1 s", "2.00 s", "12",
+    ]  # fmt: skip
+
+
+def test_idle_time_is_told_as_soon_as_the_steps_drawn_meanwhile_are_recorded(
+    page: Any, address: str, runs: Path
+) -> None:
+    open_run(page, address, "ahead")
+    page.wait_for_selector("#gantt[data-step='2'] :text('Idle time is not known')")
+    assert page.locator("#gantt .lane", has_text="idle").count() == 0
+    page.get_by_role("checkbox", name="newest").uncheck()
+    page.wait_for_selector("#connection:has-text('Up to date')")
+    write_record(runs / "ahead", 3, made_up_groups(3))
+    page.wait_for_selector("#gantt[data-step='2'] :text('idle 54 %')")
+    assert page.locator("#gantt :text('Idle time is not known')").count() == 0
 
 
 def test_hostile_text_stays_text(page: Any, address: str) -> None:

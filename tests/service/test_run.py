@@ -54,6 +54,41 @@ def test_separate_workers_end_with_the_same_weights(reference: tuple[Path, Path]
     code, output = cli.run(arguments, tmp_path)
     assert code == 0, output
     assert cli.summary(tmp_path / "run")["weights_sha256"] == cli.summary(expected)["weights_sha256"]
+    _, work = timeline(tmp_path / "run", 2)
+    pulled = {who for who, phase, _, _ in work if phase == "pull"} - {"loop"}
+    assert len(pulled) == 3
+    assert {who for who, phase, _, _ in work if phase == "sample"} <= pulled
+
+
+def timeline(run_dir: Path, step: int) -> tuple[float, list[tuple[str, str, float, float]]]:
+    """Seconds of a recorded step, and who did what from when on for how long."""
+    told = json.loads((run_dir / "groups" / f"train_{step:08d}.json").read_bytes())["timeline"]
+    assert told["left_out"] == 0
+    return told["seconds"], [tuple(piece) for piece in told["work"]]
+
+
+def test_the_work_of_a_step_is_told_and_lies_within_it(reference: tuple[Path, Path]) -> None:
+    _, run_dir = reference
+    rows = {row["step"]: row for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())}
+    for step in (2, NUM_STEPS):
+        seconds, work = timeline(run_dir, step)
+        assert seconds == pytest.approx(rows[step]["time/step_s"], abs=1e-3)
+        (process,) = {who for who, *_ in work} - {"rewards", "loop"}
+        phases = {(who, phase) for who, phase, _, _ in work}
+        evaluated = {(who, "evaluate") for who in (process, "rewards", "loop")} if step == NUM_STEPS else set()
+        assert phases - {("loop", "parity")} == evaluated | {
+            *((process, phase) for phase in ("sample", "decode", "pull")),
+            ("rewards", "score"),
+            *(("loop", phase) for phase in ("rollout", "credit", "train", "publish", "pull")),
+        }
+        # In one process nothing is drawn ahead; what the observer takes to be told of the step is some milliseconds.
+        assert min(start for _, _, start, _ in work) > -0.25
+        assert max(start + taken for _, _, start, taken in work) < seconds + 0.01
+        for phase in ("train", "credit"):
+            told = sum(taken for who, name, _, taken in work if (who, name) == ("loop", phase))
+            assert told == pytest.approx(rows[step][f"time/{phase}_s"], abs=1e-3)
+        drawn = sum(taken for who, name, _, taken in work if (who, name) == (process, "sample"))
+        assert drawn == pytest.approx(rows[step]["busy/sample_s"], abs=1e-3), "a chunk's groups share its work"
 
 
 def test_a_run_directory_in_use_is_refused(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ class Run:
         self.config = parse_config(RunConfig, settings, "test")
         self.fleet, self.learner, self.recorder = FakeFleet(seed), learner or FakeLearner(), Recorder()
         self.saved: list[int] = []
+        self.pulled: list[tuple[str, str]] = []
         self.controller = Controller(
             self.config,
             PromptStream(PROMPTS, 0),
@@ -63,6 +64,7 @@ class Run:
             self.learner,
             self.recorder,
             self._save,
+            pulled=lambda slot, works: self.pulled.extend((slot, work.phase) for work in works),
         )
 
     async def _save(self, step: int) -> None:
@@ -195,6 +197,12 @@ def test_checkpoints_and_evaluations_follow_their_intervals() -> None:
     run = Run(num_steps=6, checkpoint={"every_steps": 2}, eval={"every_steps": 3}).go()
     assert run.saved == [2, 4, 6]
     assert run.recorder.evaluations == [0, 3, 6]
+
+
+def test_what_pulls_took_the_actors_is_told() -> None:
+    run = Run(num_steps=2, eval={"every_steps": 2}).go()
+    rollout, held_out = ("rollout", "pull of rollout"), ("eval", "pull of eval")
+    assert run.pulled == [rollout, held_out, rollout, rollout, held_out]
 
 
 def test_a_resumed_run_goes_on_with_the_next_prompts() -> None:

@@ -100,6 +100,29 @@ def test_a_step_tells_timeline_and_ages(runs: Path) -> None:
     assert data["ages"] == [{"age": "0", "samples": 12.0}, {"age": "1", "samples": 12.0}]
 
 
+def test_a_step_tells_when_its_work_was_done_as_far_as_that_is_recorded(tmp_path: Path) -> None:
+    make_run(tmp_path / "sync", 8, groups_of=[3, 4])
+    make_run(tmp_path / "async", 8, groups_of=[3, 4, 8], max_staleness=1)
+    told = got(tmp_path, "runs/sync/steps/3")
+    rows = {row["label"]: row for row in told["timeline"]["rows"]}
+    assert list(rows) == ["Rollout actor 1", "Rollout actor 2", "Rewards", "Learner and loop"]
+    assert rows["Rollout actor 2"]["tracks"] == [
+        [["sample", 0.05, 2.0, 3], ["decode", 2.05, 0.3, 3], ["pull", 4.98, 0.04, 3]]
+    ]
+    assert (told["timeline"]["begin"], told["timeline"]["whole"], told["ahead"]) == (-1.0, True, 0)
+    assert rows["Rollout actor 2"]["idle"] == pytest.approx(1 - 2.34 / 5.04)
+    # Where groups are drawn ahead, a second of step 3 went to step 4, whose record says so.
+    ahead = got(tmp_path, "runs/async/steps/3")
+    first = ahead["timeline"]["rows"][0]
+    assert [["sample", 4.04, 1.0, 4] in track for track in first["tracks"]] == [True, False]
+    assert ahead["ahead"] == 1
+    assert first["idle"] == pytest.approx(1 - (1.3 + 1.0) / 5.04)
+    # Step 5 is not recorded, so nobody knows what was drawn for it; after step 8 comes none.
+    assert got(tmp_path, "runs/async/steps/4")["timeline"]["rows"][0]["idle"] is None
+    assert got(tmp_path, "runs/async/steps/8")["timeline"]["whole"]
+    assert got(tmp_path, "runs/async/steps/2")["timeline"] is None
+
+
 def test_two_runs_are_compared(runs: Path) -> None:
     data = got(runs, "compare?a=one&b=two")
     changed = {one["key"]: (one["a"], one["b"]) for one in data["changed"]}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -105,6 +108,28 @@ def test_prompts_are_encoded_once() -> None:
     for _ in range(3):
         engine.generate(ChunkRequest((ONE, TWO), (0,)))
     assert engine.policy.num_encoded == 2  # type: ignore[attr-defined]
+
+
+def test_a_chunk_tells_what_it_took_and_a_pull_too() -> None:
+    before_s = time.time()
+    engine = _engine()
+    one, two = engine.generate(ChunkRequest((ONE, TWO), (0, 1)))
+    after_s = time.time()
+    assert one.work == two.work
+    pull = engine.pull(engine.policy.export_weights(8)).work
+    assert pull is not None
+    assert [work.phase for work in (*one.work, pull)] == ["sample", "decode", "pull"]
+    assert {work.who for work in (*one.work, pull)} == {f"{socket.gethostname()}:{os.getpid()}"}
+    sample, decode = one.work
+    assert before_s <= sample.start_s <= decode.start_s <= pull.start_s
+    assert sample.start_s + sample.seconds == pytest.approx(decode.start_s, abs=1e-6)
+    assert decode.start_s + decode.seconds <= after_s + 1e-6
+    # Both groups' shares of the batch are the batch.
+    assert one.seconds["sample"] + two.seconds["sample"] == pytest.approx(sample.seconds)
+    (again,) = engine.generate(ChunkRequest((ONE,), (2, 3)))
+    assert again.work[0].start_s >= pull.start_s + pull.seconds - 1e-6
+    assert join_parts([one, again, one]).work == (*one.work, *again.work)
+    assert one.without_outputs().work == (), "the learner is told none of it"
 
 
 def test_versions_are_recorded_and_weights_swap_between_batches() -> None:

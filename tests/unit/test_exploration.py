@@ -209,6 +209,17 @@ def test_seconds_are_told_by_phase_and_by_stage() -> None:
     assert seconds["draft_reward"] < seconds["reward"]
 
 
+@pytest.mark.parametrize("regenerate", [True, False])
+def test_the_work_of_both_rounds_is_told(regenerate: bool) -> None:
+    group = Drawing(lambda slot, index: float(index)).explored(settings(regenerate=regenerate))
+    drawn = ["draft", "draft"] * 6  # twelve drafts in chunks of two
+    again = ["regenerate", "regenerate"] * 2 + ["score"] if regenerate else []
+    assert [work.phase for work in group.work] == [*drawn, "score", *again]
+    begun = [work.start_s for work in group.work]
+    assert begun == sorted(begun)
+    assert {work.who for work in group.work if work.phase == "score"} == {"rewards"}
+
+
 def test_pictures_of_drafts_are_kept_for_the_shown_prompt_and_never_sent_to_the_learner() -> None:
     config = settings()
     shown = Drawing(lambda slot, index: float(index)).explored(config)

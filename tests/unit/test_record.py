@@ -26,6 +26,7 @@ from raylign.types import (
     RewardFailure,
     RewardScore,
     RolloutGroup,
+    Work,
 )
 from rollout.prompts import GroupTask
 from services.confidence import half_width, interval_metrics
@@ -127,8 +128,61 @@ def test_only_every_so_many_steps_are_recorded_but_every_failure_is(tmp_path: Pa
     assert (len(record["groups"]), record["num_groups"]) == (1, 2)
 
 
+def timelines(run: Path) -> dict[int, Any]:
+    steps = recorded_steps(run, "train")
+    return {step: json.loads(read_record(run, "train", step) or b"").get("timeline") for step in steps}
+
+
+def test_a_step_tells_when_its_work_was_done(tmp_path: Path) -> None:
+    now_s = 1003.0
+    recording = GroupRecorder(RecordConfig(every_steps=2), NftConfig(), tmp_path, None, lambda: now_s)
+    drawn = (Work("a:1", "sample", 1000.5, 2.0), Work("a:1", "decode", 1002.5, 0.25))
+    recording.phase("rollout", 3.0)
+    now_s = 1009.0
+    recording.phase("train", 6.0)
+    recording.pulled("rollout", [Work("a:1", "pull", 1009.0, 0.5)])
+    recording.pulled("eval", [Work("a:1", "pull", 1003.5, 0.25)])
+    # Held-out groups are drawn and scored while the step is trained; two groups of one chunk share its work.
+    recording.take("eval", 2, [replace(scored([0.5, 1.0]), work=(Work("a:1", "sample", 1004.0, 1.0),))])
+    groups = [replace(scored([0.0, 1.0]), work=drawn), replace(scored([0.0, 1.0]), work=drawn)]
+    now_s = 1012.0
+    recording.take("train", 2, groups, step_s=12.0)
+    recording.phase("credit", 1.0)  # of step 3, which is not recorded
+    recording.take("train", 3, groups, step_s=2.0)
+    recording.take("train", 4, groups)
+    recording.close()
+    assert timelines(tmp_path) == {
+        2: {
+            "start": 1000.0,
+            "seconds": 12.0,
+            "work": [
+                ["loop", "rollout", 0.0, 3.0],
+                ["a:1", "sample", 0.5, 2.0],
+                ["a:1", "decode", 2.5, 0.25],
+                ["loop", "train", 3.0, 6.0],
+                ["a:1", "evaluate", 3.5, 0.25],
+                ["a:1", "evaluate", 4.0, 1.0],
+                ["a:1", "pull", 9.0, 0.5],
+            ],
+            "left_out": 0,
+        },
+        4: None,
+    }
+
+
+def test_phases_of_a_step_that_is_not_recorded_are_not_told_by_the_next_one(tmp_path: Path) -> None:
+    recording = recorder(tmp_path, every_steps=2)
+    for step in (1, 2):
+        recording.phase(f"of step {step}", 0.25)
+        recording.take("train", step, [scored([0.0, 1.0])], step_s=1000.0)
+    recording.close()
+    assert [phase for _, phase, _, _ in timelines(tmp_path)[2]["work"]] == ["of step 2"]
+
+
 def test_nothing_is_recorded_where_that_is_configured(tmp_path: Path) -> None:
     recording = recorder(tmp_path, every_steps=0)
+    recording.phase("train", 1.0)
+    recording.pulled("rollout", [Work("a:1", "pull", 0.0, 1.0)])
     recording.take("train", 1, [scored([0.0, None])])
     recording.take("eval", 1, [scored([0.0, 1.0])])
     recording.close()

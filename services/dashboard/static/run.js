@@ -58,7 +58,7 @@ class RunPage {
     this.showLatest();
     follow(this.name, this.data.step, {
       rows: (rows) => this.rows(rows),
-      groups: (newest) => { this.groups.arrived(newest); this.showLatest(newest); },
+      groups: (newest) => { this.groups.arrived(newest); this.timing.recorded(newest.train); this.showLatest(newest); },
       changed: this.refresh,
       reload: () => { if (!this.signal.aborted) dispatchEvent(new HashChangeEvent("hashchange")); },
       connection: (state) => this.say(state === "connected" ? (this.data.live ? "Live" : "Up to date") : state === "reconnecting" ? "Reconnecting …" : ""),

@@ -1,11 +1,12 @@
-// Where a step's time went, by role, and how old its samples were.
+// Where a step's time went, by worker and by role, and how old its samples were.
 
 import { get, runPath } from "./api.js";
 import { h, number, percent, seconds, show, table, throttled } from "./dom.js";
+import { gantt } from "./gantt.js";
 
 export class Timing {
   constructor(name, signal) {
-    Object.assign(this, { name, signal, step: null, chosen: null });
+    Object.assign(this, { name, signal, step: null, whole: true, ahead: 0 });
     this.status = h("p", { class: "muted small", role: "status" });
     this.body = h("div", { class: "grid wide" });
     this.node = h("section", { id: "timing", "aria-label": "Timing" }, h("header", null, h("h2", null, "Timing"), this.status), this.body);
@@ -21,6 +22,11 @@ export class Timing {
     if (this.step === null) this.choose(step);
   }
 
+  /** A step's groups were recorded: the one that is shown, or a later one whose work ran beside it. */
+  recorded(newest) {
+    if (this.step !== null && !this.whole && newest >= this.step && newest <= this.step + this.ahead) this.load();
+  }
+
   async fetch() {
     const step = this.step;
     const data = await get(`${runPath(this.name)}/steps/${step}`, this.signal).catch((error) => ({ error }));
@@ -30,7 +36,9 @@ export class Timing {
       show(this.body, h("p", { class: "muted" }, "This step has no timing."));
       return;
     }
-    show(this.body, this.lanes(data), this.ages(data));
+    this.whole = data.timeline?.whole ?? false;
+    this.ahead = data.ahead;
+    show(this.body, data.timeline ? gantt(data.timeline, step) : null, this.lanes(data), this.ages(data));
   }
 
   lanes({ lanes, row }) {
