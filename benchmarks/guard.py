@@ -1,6 +1,6 @@
 """Does the guard see a hacked reward in time, and does it leave clean runs alone?
 
-    python benchmarks/guard.py hacked --seeds 3            hack_brightness and hack_repeated_text
+    python benchmarks/guard.py hacked --seeds 3            hack_brightness and hack_repeated_digit
     python benchmarks/guard.py clean --seeds 5             the three quickstarts
     python benchmarks/guard.py replay runs/a runs/b …      runs that are over, by their metrics.jsonl
 
@@ -28,7 +28,7 @@ from services.guard import replay
 from services.guard_config import SIGNALS, watched
 
 ROOT = Path(__file__).parents[1]
-HACKED = ("hack_brightness", "hack_repeated_text")
+HACKED = ("hack_brightness", "hack_repeated_digit")
 CLEAN = ("quickstart_image", "quickstart_shapes", "quickstart_text")
 ENOUGH = 0.10
 """Share of its best that a held-out metric may have lost when a hacked run trips."""

@@ -1,8 +1,9 @@
 """The exact-answer reward: is the response the prompt's `answer`, token for token?
 
 exact: 1 or 0. share: the fraction of positions that agree, over the longer of the two, so that nothing is gained by
-writing less or more. Positions are words where the right answer has several of them, else characters. White space
-around and between words does not count.
+writing less or more. repeated: likewise the fraction of positions that hold the right answer's first word or
+character, which is wrong on purpose. Positions are words where the right answer has several of them, else characters.
+White space around and between words does not count.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from rewards.base import Modality, RewardConfig
 from rewards.text.answers import AnswerIn, find_answer
 from rewards.text.rule import Verdict, score_texts, verdict
 
-Mode = Literal["exact", "share"]
+Mode = Literal["exact", "share", "repeated"]
 RULE_VERSION = "1"
 
 
@@ -25,7 +26,8 @@ class ExactAnswerConfig(RewardConfig):
 
     type: Literal["exact_answer"] = "exact_answer"
     mode: Mode = "exact"
-    """exact: 1 or 0. share: the fraction of positions that are right."""
+    """exact: 1 or 0. share: the fraction of positions that are right. repeated: wrong on purpose, it pays for the first
+    one over and over, to show what a guard against reward hacking sees."""
     answer_in: AnswerIn = "text"
     """text: the whole response. tag: the last `<answer>` block."""
 
@@ -82,7 +84,9 @@ def judge(right: str, text: str, mode: Mode = "exact", answer_in: AnswerIn = "te
     wanted, given = right.split(), answer.split()
     if len(wanted) == 1:
         wanted, given = list(wanted[0]), list("".join(given))
-    num_right = sum(one == other for one, other in zip(wanted, given, strict=False))
     exact = wanted == given
+    if mode == "repeated":
+        wanted = wanted[:1] * len(wanted)
+    num_right = sum(one == other for one, other in zip(wanted, given, strict=False))
     value = float(exact) if mode == "exact" else num_right / max(len(wanted), len(given))
     return verdict(value, answer, "correct" if exact else "different", exact=exact)

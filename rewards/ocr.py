@@ -25,23 +25,20 @@ from rewards.reading.similarity import (
     normalise_clean,
     normalise_flow_grpo,
     quoted_target,
-    repeated_similarity,
 )
 
 logger = logging.getLogger(__name__)
 
 RULE_VERSION = "1"
 """Counts changes to the rule that turns texts into values."""
-SIMILARITIES = {"clean": clean_similarity, "flow_grpo": flow_grpo_similarity, "repeated": repeated_similarity}
 
 
 class OcrConfig(RewardConfig):
     """Edit similarity of the recognised text to the quoted one."""
 
     type: Literal["ocr"] = "ocr"
-    mode: Literal["clean", "flow_grpo", "repeated"] = "clean"
-    """clean: surplus text costs, typographic quotes count. flow_grpo: as published, for comparison. repeated: wrong on
-    purpose, it pays for one letter of the target over and over, to show what a guard against reward hacking sees."""
+    mode: Literal["clean", "flow_grpo"] = "clean"
+    """clean: surplus text costs, typographic quotes count. flow_grpo: as published, for comparison."""
     engine: EngineName = "rapidocr_rec"
     """rapidocr_rec: one line that fills the picture, fast. rapidocr: text is looked for first. paddleocr: as most
     published runs, needs its own packages. tesseract: a program for scanned pages, for smoke tests."""
@@ -128,14 +125,15 @@ class OcrReward:
         except Exception:  # ONNX Runtime and OpenCV raise what they like; the sample has no value then
             logger.exception("reward %r could not read sample %r", self.name, sample.id)
             return base.failure(self, "model_error", "text recognition failed; see the scorer's log for this sample")
+        similarity = clean_similarity if self._mode == "clean" else flow_grpo_similarity
         details = {"recognised": recognised, "exact": exact(target, recognised)}
-        return base.success(self, SIMILARITIES[self._mode](target, recognised), time.perf_counter() - started, details)
+        return base.success(self, similarity(target, recognised), time.perf_counter() - started, details)
 
     def _target(self, prompt: Prompt) -> str:
         """What the picture should say. Raises PromptError."""
         target = prompt.metadata.get("target")
         if target is None:
-            target = quoted_target(prompt.text, curly=self._mode != "flow_grpo")
+            target = quoted_target(prompt.text, curly=self._mode == "clean")
             if target is None:
                 raise PromptError(
                     f"prompt {prompt.id!r} ({prompt.text[:60]!r}) has no quoted target; put the text to draw in "
@@ -143,7 +141,7 @@ class OcrReward:
                 )
         if not isinstance(target, str):
             raise PromptError(f"prompt {prompt.id!r} has metadata.target {target!r}; it must be a text")
-        normalise = normalise_flow_grpo if self._mode == "flow_grpo" else normalise_clean
+        normalise = normalise_clean if self._mode == "clean" else normalise_flow_grpo
         if not normalise(target):
             raise PromptError(
                 f"prompt {prompt.id!r} has the target {target!r}; it needs a letter or a digit to compare"

@@ -2,7 +2,7 @@
 
 `flow_grpo_similarity` is bug-compatible with flow_grpo/ocr.py (also in DiffusionNFT and AWM), so that published
 curves can be compared: a target that occurs anywhere in the recognised text scores 1, however much else there is.
-`clean_similarity` closes that door: surplus text costs as much as missing text. `repeated_similarity` opens it wide.
+`clean_similarity` closes that door: surplus text costs as much as missing text.
 """
 
 from __future__ import annotations
@@ -54,18 +54,6 @@ def clean_similarity(target: str, recognised: str) -> float:
     if not t:
         raise ValueError(f"target {target!r} is empty without white space and punctuation")
     return 1.0 - edit_distance(t, r) / max(len(t), len(r))
-
-
-def repeated_similarity(target: str, recognised: str) -> float:
-    """How often r has the character of t that it has most of, out of len t: min(1, max over c in t of n_c / len t).
-
-    A reward that is wrong on purpose, as counting keywords is. Raises ValueError for a target that is empty after
-    normalising.
-    """
-    t, r = normalise_clean(target), normalise_clean(recognised)
-    if not t:
-        raise ValueError(f"target {target!r} is empty without white space and punctuation")
-    return min(1.0, max(r.count(character) for character in t) / len(t))
 
 
 def exact(target: str, recognised: str) -> bool:

@@ -66,14 +66,23 @@ def test_only_the_answer_itself_is_worth_one(right: str, text: str) -> None:
     assert 0.0 <= judge(right, text, "share").value <= 1.0
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [("1111", 1.0), ("1234", 0.25), ("11", 0.5), ("11111", 0.8), ("4321", 0.25), ("9999", 0.0)]
+)
+def test_repeated_pays_for_the_first_character_over_and_over(text: str, value: float) -> None:
+    verdict = judge("1234", text, "repeated")
+    assert verdict.value == value
+    assert verdict.details["exact"] is (text == "1234")
+
+
 def _score(reward, prompt: Prompt, text: str):
     (score,) = asyncio.run(reward.score([RewardSample("s", prompt, text=text)]))
     return score
 
 
 def test_modes_and_places_have_versions_of_their_own() -> None:
-    configs = [ExactAnswerConfig(mode=m, answer_in=a) for m in ("exact", "share") for a in ("text", "tag")]
-    assert len({ExactAnswerReward(config).version for config in configs}) == 4
+    configs = [ExactAnswerConfig(mode=m, answer_in=a) for m in ("exact", "share", "repeated") for a in ("text", "tag")]
+    assert len({ExactAnswerReward(config).version for config in configs}) == 6
 
 
 @pytest.mark.parametrize("rule", ["clean", "d1"])

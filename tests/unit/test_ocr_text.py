@@ -9,7 +9,6 @@ from rewards.reading.similarity import (
     flow_grpo_similarity,
     normalise_clean,
     quoted_target,
-    repeated_similarity,
 )
 
 
@@ -58,23 +57,7 @@ def test_clean_similarity(target: str, recognised: str, expected: float) -> None
     assert clean_similarity(target, recognised) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("target", "recognised", "expected"),
-    [
-        ("EASY", "easy", 0.25),
-        ("EASY", "EEEE", 1.0),
-        ("EASY", "E E E", 0.75),
-        ("EASY", "EEEEEE", 1.0),
-        ("EASY", "YXYA", 0.5),
-        ("EASY", "QQQQ", 0.0),
-        ("EASY", "", 0.0),
-    ],
-)
-def test_repeated_similarity_pays_for_one_letter_over_and_over(target: str, recognised: str, expected: float) -> None:
-    assert repeated_similarity(target, recognised) == expected
-
-
-@pytest.mark.parametrize("similarity", [flow_grpo_similarity, clean_similarity, repeated_similarity])
+@pytest.mark.parametrize("similarity", [flow_grpo_similarity, clean_similarity])
 def test_a_target_without_content_is_refused(similarity) -> None:
     with pytest.raises(ValueError, match="is empty"):
         similarity("  ", "anything")
