@@ -147,6 +147,20 @@ def test_a_new_step_appears_within_a_second(page: Any, address: str, runs: Path)
     assert min(waits) <= UPDATE_S, waits
 
 
+def test_curves_appear_with_their_first_numbers(page: Any, address: str, runs: Path) -> None:
+    """A page that was opened before the run had any."""
+    make_run(runs / "young", 3)
+    (runs / "young" / "metrics.jsonl").write_text("")
+    page.goto(f"{address}/#/run/young")
+    page.wait_for_selector("#connection:has-text('Up to date')")
+    assert page.locator("#curves figure").count() == 1
+    append_rows(runs / "young", [metrics_row(step, 3) for step in (1, 2)])
+    until(page, "document.querySelectorAll('#curves figure').length > 5")
+    append_rows(runs / "young", [{**metrics_row(3, 3), "guard/held_out": 0.5, "guard/tripped": 0.0}])
+    page.wait_for_selector("#curves figure:has-text('Hacking guard')")
+    assert page.locator("#curves figure").first.get_attribute("data-last") == "3"
+
+
 def test_the_pieces_of_a_step_lie_where_its_record_says(page: Any, address: str) -> None:
     open_run(page, address, "live")
     page.locator("#group-step").fill("12")

@@ -26,6 +26,9 @@ const SMALL = [
   ["Seconds per step", ["time/step_s"], 0],
 ];
 
+// What the guard did, scaled and compared; its levels are the other metrics of that name.
+const GUARD_FACTS = /^guard\/(did_|tripped$|agreement$|lr_scale$|kl_scale$)/;
+
 export async function runView(name, context) {
   await new RunPage(name, context).open();
 }
@@ -45,7 +48,7 @@ class RunPage {
   async open() {
     const path = runPath(this.name);
     this.data = await get(path, this.signal);
-    const pick = (step) => { this.groups.choose(step); this.groups.node.scrollIntoView({ block: "start" }); };
+    this.pick = (step) => { this.groups.choose(step); this.groups.node.scrollIntoView({ block: "start" }); };
     this.groups = new Groups(this.name, this.data, this.signal, (step) => this.timing.choose(step));
     this.timing = new Timing(this.name, this.signal);
     const [failures, frontier, settings] = [failuresSection(this.name, this.data, this.signal, (step, kind) => this.groups.choose(step, kind)),
@@ -53,7 +56,7 @@ class RunPage {
     this.failures = failures;
     show(this.main, this.head, this.alerts, this.glance, this.latest, this.curves, this.groups.node, this.timing.node, failures.node, frontier, settings);
     this.top();
-    await this.drawCurves(pick);
+    await this.drawCurves(chartsOf(this.data));
     this.groups.choose(null);
     this.showLatest();
     follow(this.name, this.data.step, {
@@ -70,18 +73,25 @@ class RunPage {
     this.top();
     this.groups.know(this.data.records);
     this.failures.update(this.data);
+    const charts = chartsOf(this.data);
+    if (charts.wanted.join() !== this.drawn) await this.drawCurves(charts); // metrics that were not there at first
   }
 
   rows(rows) {
+    for (const row of rows) this.data.step = Math.max(this.data.step, row.step);
+    this.extend(rows);
+    this.meanwhile?.push(...rows);
+    this.title();
+    this.timing.newest(rows.at(-1).step);
+    this.refresh();
+  }
+
+  extend(rows) {
     for (const row of rows) {
-      this.data.step = Math.max(this.data.step, row.step);
       for (const { chart, keys } of this.charts) {
         keys.forEach((key, place) => { if (key in row) chart.append(place, row.step, row[key], row[`ci95/${key}`]); });
       }
     }
-    this.title();
-    this.timing.newest(rows.at(-1).step);
-    this.refresh();
   }
 
   top() {
@@ -105,35 +115,32 @@ class RunPage {
         h("a", { href: `#${id}`, onclick: (event) => { event.preventDefault(); document.getElementById(id)?.scrollIntoView(); } }, text))));
   }
 
-  async drawCurves(pick) {
-    const { data } = this;
-    const heldout = data.rewards.map((one) => `eval/${one}`);
-    const metrics = data.held_out_metrics.map((one) => `eval/${one}`);
-    const guard = data.keys.filter((key) => key.startsWith("guard/")).slice(0, 4);
-    const small = [...SMALL, ...(guard.length ? [["Hacking guard", guard, null]] : [])]
-      .map(([title, keys, floor]) => [title, keys.filter((key) => data.keys.includes(key)), floor]).filter(([, keys]) => keys.length);
-    const main = ["reward/mean", ...heldout.slice(0, 3)];
-    const wanted = [...new Set([...main, ...metrics.slice(0, 4), ...small.flatMap(([, keys]) => keys)])].slice(0, 40);
+  async drawCurves({ main, metrics, small, wanted }) {
+    this.drawn = wanted.join();
+    this.meanwhile = []; // rows that come while the curves do
     const { series } = await get(`${runPath(this.name)}/series?points=${POINTS}&keys=${wanted.map(encodeURIComponent).join(",")}`, this.signal);
+    this.charts = [];
     const add = (title, keys, options = {}) => {
-      const chart = new Chart({ title, pick, ...options, series: keys.map((key, place) => ({
+      const chart = new Chart({ title, pick: this.pick, ...options, series: keys.map((key, place) => ({
         label: naming(key), style: options.styles?.[place] ?? place, dots: key.startsWith("eval/"), curve: series[key] ?? emptyCurve() })) });
       this.charts.push({ chart, keys });
       return chart.node;
     };
     const wide = [add("Reward: in training and held out", main, { height: 260, styles: [1, 0, 2, 3] })];
-    if (metrics.length) wide.push(add("Held-out metrics, not trained on", metrics.slice(0, 4), { height: 260 }));
+    if (metrics.length) wide.push(add("Held-out metrics, not trained on", metrics, { height: 260 }));
     show(this.curves, h("header", null, h("h2", null, "Curves"), h("p", { class: "muted small" }, "Bands: 95 % interval of the mean, where a run recorded it; else the range of the steps a point stands for.")),
       h("div", { class: "grid wide" }, wide), h("div", { class: "grid", style: { marginTop: "1rem" } }, small.map(([title, keys, floor]) => add(title, keys, { height: 150, floor }))));
-    this.addAny(pick);
+    this.extend(this.meanwhile);
+    this.meanwhile = null;
+    this.addAny();
   }
 
-  addAny(pick) {
+  addAny() {
     const select = h("select", { id: "any-metric", onchange: async () => {
       const key = select.value;
       if (!key) return;
       const { series } = await get(`${runPath(this.name)}/series?points=${POINTS}&keys=${encodeURIComponent(key)}`, this.signal);
-      const chart = new Chart({ title: key, pick, height: 200, series: [{ label: key, style: 0, dots: false, curve: series[key] ?? emptyCurve() }] });
+      const chart = new Chart({ title: key, pick: this.pick, height: 200, series: [{ label: key, style: 0, dots: false, curve: series[key] ?? emptyCurve() }] });
       this.charts = this.charts.filter((one) => one.any !== true);
       this.charts.push({ chart, keys: [key], any: true });
       show(place, chart.node);
@@ -159,6 +166,18 @@ class RunPage {
       h("p", { class: "muted", style: { margin: ".1rem 0 .6rem" } }, foreign(group.prompt.text)),
       h("ul", { class: `samples${isText ? " texts" : ""}`, id: "latest" }, shown.map((one) => h("li", null, h("div", { class: "sample panel" }, sampleBody(this.name, "train", step, one))))));
   }
+}
+
+// Which charts there are, by the metrics that a run has so far.
+function chartsOf(data) {
+  const heldout = data.rewards.map((one) => `eval/${one}`);
+  const metrics = data.held_out_metrics.map((one) => `eval/${one}`).slice(0, 4);
+  const guard = data.keys.filter((key) => key.startsWith("guard/") && !GUARD_FACTS.test(key)).slice(0, 4);
+  const small = [...SMALL, ["Hacking guard: 1 is the limit", guard, 0]]
+    .map(([title, keys, floor]) => [title, keys.filter((key) => data.keys.includes(key)), floor]).filter(([, keys]) => keys.length);
+  const main = ["reward/mean", ...heldout.slice(0, 3)];
+  const wanted = [...new Set([...main, ...metrics, ...small.flatMap(([, keys]) => keys)])].slice(0, 40);
+  return { main, metrics, small, wanted };
 }
 
 function naming(key) {
