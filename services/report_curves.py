@@ -40,7 +40,7 @@ class _ChartRow:
 
 
 def _is_spread(name: str) -> bool:
-    return name.endswith(("/std_within_group", "/diversity"))
+    return name.endswith(("/std_within_group", "/diversity")) and name not in _LEVELS
 
 
 def _is_reward(name: str, prefix: str) -> bool:

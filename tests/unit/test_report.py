@@ -545,6 +545,15 @@ def test_alerts_stand_first(tmp_path: Path) -> None:
     assert "Groups without a signal" in text
 
 
+def test_levels_of_the_guard_have_a_chart_of_their_own(tmp_path: Path) -> None:
+    row = {"eval/diversity": 0.2, "guard/diversity": 0.5, "guard/held_out": 0.1}
+    text = _write(tmp_path / "run", [{"step": step, **row} for step in (1, 2)])
+    charts = dict(re.findall(r"<h3>(.*?)</h3>(.*?)</figure>", text, re.DOTALL))
+    assert [title for title, body in charts.items() if "guard/diversity" in body] == [
+        "Guard: levels of its signals (1 is the limit)"
+    ]
+
+
 def test_a_parity_gap_beyond_what_the_configuration_tolerates_is_an_alert(tmp_path: Path) -> None:
     make_run(tmp_path / "run", 3)
     assert "Parity gap" not in write_report(tmp_path / "run").read_text(encoding="utf-8")
