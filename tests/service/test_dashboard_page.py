@@ -154,7 +154,9 @@ def test_curves_appear_with_their_first_numbers(page: Any, address: str, runs: P
     page.goto(f"{address}/#/run/young")
     page.wait_for_selector("#connection:has-text('Up to date')")
     assert page.locator("#curves figure").count() == 1
+    assert "no step yet" in page.inner_text(".glance")
     append_rows(runs / "young", [metrics_row(step, 3) for step in (1, 2)])
+    page.wait_for_selector(".glance:has-text('training reward, was')")
     until(page, "document.querySelectorAll('#curves figure').length > 5")
     append_rows(runs / "young", [{**metrics_row(3, 3), "guard/held_out": 0.5, "guard/tripped": 0.0}])
     page.wait_for_selector("#curves figure:has-text('Hacking guard')")

@@ -192,11 +192,15 @@ function card(title, figure, kind, ...lines) {
 
 function learning(data) {
   const shown = data.heldout.find((one) => one.name === data.headline);
-  const change = (one) => (one.first === null || one.last === one.first ? "" : `${signed(one.last - one.first)} since step ${one === shown ? "0" : "1"}`);
-  if (!shown) return card("Does it learn?", reward(data.reward.last), "", "training reward", change(data.reward));
-  const rose = shown.last - shown.first;
-  return card("Does it learn?", [reward(shown.last), " ", h("span", { class: `small ${rose > 0 ? "good" : rose < 0 ? "bad" : ""}` }, signed(rose))], "",
-    `held-out ${shown.name}, was ${reward(shown.first)}`, `training reward ${reward(data.reward.last)}, was ${reward(data.reward.first)}`);
+  const figure = ({ first, last }) => [reward(last), " ", first === null || last === null ? null
+    : h("span", { class: `small ${last > first ? "good" : last < first ? "bad" : ""}` }, signed(last - first))];
+  if (shown && shown.step > 0) {
+    return card("Does it learn?", figure(shown), "", `held-out ${shown.name}, was ${reward(shown.first)}`,
+      `training reward ${reward(data.reward.last)}, was ${reward(data.reward.first)}`);
+  }
+  // Until it is evaluated anew, training is all there is to go by.
+  return card("Does it learn?", figure(data.reward), "", data.reward.first === null ? "no step yet" : `training reward, was ${reward(data.reward.first)}`,
+    shown ? `held-out ${shown.name} ${reward(shown.last)} before training` : null);
 }
 
 function hacking(data) {
