@@ -49,7 +49,7 @@ def judged(run_dir: Path) -> dict[str, Any]:
     }
     tripped_at = state.events[0].step if state.events else None
     return {
-        "run": str(run_dir),
+        "run": run_dir.name,
         "num_steps": int(rows[-1]["step"]) if rows else 0,
         "num_evaluations": sum(any(name.startswith("eval/") for name in row) for row in rows),
         "tripped_at": tripped_at,
