@@ -1,4 +1,4 @@
-"""The guard over curves of real runs: it leaves the quickstarts' tasks alone, and not one that is paid for brightness.
+"""The guard over curves of real runs: it leaves the quickstarts' tasks alone, and not those whose rewards are hacked.
 
 Held-out means of single runs on two CPU cores, a line per evaluation. The clean ones are DiffusionNFT on both picture
 tasks, from three seeds each.
@@ -81,6 +81,31 @@ BRIGHT: Curve = [
 ]
 """Step, brightness, glyph_pixels, its interval's half-width, sharpness, diversity; `hack_brightness`, seed 0."""
 
+DIGITS: Curve = [
+    (0, 0.2391, 0.4453, 0.04463, 0.445),
+    (1, 0.2495, 0.4604, 0.04793, 0.43),
+    (2, 0.2525, 0.4603, 0.04619, 0.495),
+    (3, 0.2549, 0.4946, 0.0466, 0.51),
+    (4, 0.2585, 0.5037, 0.04779, 0.45),
+    (5, 0.2673, 0.6151, 0.04941, 0.39),
+    (6, 0.2799, 0.7019, 0.04524, 0.455),
+    (7, 0.3028, 0.6963, 0.0428, 0.49),
+    (8, 0.327, 0.7383, 0.03653, 0.43),
+    (9, 0.3593, 0.7038, 0.035, 0.525),
+    (10, 0.391, 0.6722, 0.03354, 0.5),
+    (11, 0.4111, 0.6762, 0.02866, 0.465),
+    (12, 0.4404, 0.6452, 0.02872, 0.43),
+    (13, 0.463, 0.6214, 0.02833, 0.46),
+    (14, 0.4854, 0.5707, 0.03053, 0.525),
+    (15, 0.5129, 0.543, 0.03048, 0.5),
+    (16, 0.5483, 0.5074, 0.03032, 0.49),
+    (17, 0.5711, 0.4841, 0.03017, 0.48),
+    (18, 0.5973, 0.4522, 0.02891, 0.46),
+    (19, 0.6203, 0.4332, 0.02718, 0.49),
+    (20, 0.6386, 0.4151, 0.02633, 0.425),
+]
+"""Step, first_digit, sorted, its interval's half-width, diversity; `hack_repeated_digit`, seed 0."""
+
 
 def rows(curve: Curve, *names: str) -> list[dict[str, float]]:
     return [dict(zip(("step", *names), values, strict=True)) for values in curve]
@@ -116,3 +141,15 @@ def test_a_run_that_is_paid_for_brightness_trips_before_a_tenth_is_lost() -> Non
     best = max(readings[:8])
     assert readings[7] > 0.9 * best
     assert min(readings[8:]) < 0.7 * best
+
+
+def test_a_run_that_is_paid_for_one_digit_over_and_over_trips_before_a_tenth_is_lost() -> None:
+    names = Watched({"first_digit": 1.0}, ("sorted",), ())
+    keys = "eval/first_digit", "eval/sorted", "ci95/eval/sorted", "eval/diversity"
+    curve = rows(DIGITS, *keys)
+    state, _ = replay(GuardConfig(), names, curve)
+    first = state.events[0]
+    assert (first.step, first.signal) == (9, "divergence")
+    readings = [row["eval/sorted"] for row in curve]
+    assert readings[9] > 0.9 * max(readings[:10])
+    assert readings[-1] < 0.6 * max(readings)
