@@ -33,6 +33,7 @@ import raylign
 from raylign.config import Config
 from raylign.errors import ClusterError, ConfigError, RaylignError, RunDirError
 from raylign.metrics import MetricsRow, read_metrics
+from services.page_server import Stopping, never, serve_pages
 from services.run_control import GoOnAsk, PauseAsk, RunState, ScaleAsk, StatusAsk, ask
 from services.run_dir import RunDir
 from services.run_drivers import Drivers, as_options
@@ -214,11 +215,11 @@ def build_run_api(folder: Path, token: str | None, drivers: Drivers) -> FastAPI:
     return app
 
 
-def with_dashboard(folder: Path, token: str | None, drivers: Drivers) -> Starlette:
+def with_dashboard(folder: Path, token: str | None, drivers: Drivers, stopping: Stopping = never) -> Starlette:
     """The API, and the page over the same runs at /dashboard/, each behind its own door."""
     from services.dashboard.app import dashboard_app
 
-    page = Mount("/dashboard", dashboard_app(folder, token))
+    page = Mount("/dashboard", dashboard_app(folder, token, stopping))
     return Starlette(routes=[page, Mount("/", build_run_api(folder, token, drivers))])
 
 
@@ -267,8 +268,5 @@ def serve_runs(folder: Path, host: str, port: int, token: str | None, address: s
         raise ConfigError(f"no folder {folder}; give the one that holds run directories, such as runs")
     if token is None and not is_loopback(host):
         raise ConfigError(f"others can reach {host}, so --token-file is needed: a file that holds a secret of your own")
-    import uvicorn
-
-    app = with_dashboard(folder, token, Drivers(folder, address))
-    # The page's event streams never end by themselves, and must not hold up Ctrl-C.
-    uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False, timeout_graceful_shutdown=1)
+    drivers = Drivers(folder, address)
+    serve_pages(lambda stopping: with_dashboard(folder, token, drivers, stopping), host, port)

@@ -43,6 +43,7 @@ from services.dashboard.runs import (
 )
 from services.dashboard.series import curve
 from services.dashboard.timing import ages, as_json, lanes
+from services.page_server import Stopping, never, serve_pages
 from services.record_files import RECORD_KINDS, RecordKind, picture_type, read_failures, read_picture, read_record
 from services.run_api import is_loopback
 
@@ -56,15 +57,15 @@ _SPAN = re.compile(r"(\d{1,15})-(\d{1,8})")
 _WRONG_TOKEN_S = 0.5
 
 
-def dashboard_app(root: Path, token: str | None) -> Guard:
+def dashboard_app(root: Path, token: str | None, stopping: Stopping = never) -> Guard:
     """The application over a run or a folder of runs; it may be mounted in another.
 
-    `token` None lets in everyone who names a loopback host. Raises RunDirError if there is no such folder, ConfigError
-    for a token that is soon guessed.
+    `token` None lets in everyone who names a loopback host; event streams end when the server is `stopping`. Raises
+    RunDirError if there is no such folder, ConfigError for a token that is soon guessed.
     """
     if token is not None and len(token) < MIN_TOKEN:
         raise ConfigError(f"the dashboard's token has {len(token)} characters; give one of {MIN_TOKEN} or more")
-    pages = _Pages(RunsFolder(root), token)
+    pages = _Pages(RunsFolder(root), token, stopping)
     routes = [
         Route("/", pages.index),
         Route("/login", pages.login, methods=["GET", "POST"]),
@@ -93,25 +94,16 @@ def serve_dashboard(root: Path, host: str, port: int, token: str | None) -> None
             f"others can reach {host}, so a token is needed: --token-file with a secret of your own, or "
             "RAYLIGN_DASHBOARD_TOKEN"
         )
-    import uvicorn
-
-    # Open event streams never end by themselves, and must not hold up Ctrl-C.
-    uvicorn.run(
-        dashboard_app(root, token),
-        host=host,
-        port=port,
-        log_level="warning",
-        server_header=False,
-        timeout_graceful_shutdown=1,
-    )
+    serve_pages(lambda stopping: dashboard_app(root, token, stopping), host, port)
 
 
 class _Pages:
     """The handlers. Plain functions read files in a thread of the server's pool."""
 
-    def __init__(self, runs: RunsFolder, token: str | None) -> None:
+    def __init__(self, runs: RunsFolder, token: str | None, stopping: Stopping) -> None:
         self._runs = runs
         self._token = token
+        self._stopping = stopping
 
     def index(self, request: Request) -> Response:
         return FileResponse(STATIC / "index.html", headers={"cache-control": "no-cache"})
@@ -214,7 +206,7 @@ class _Pages:
         run = await asyncio.to_thread(self._run, request)
         since = int(request.query_params.get("since", "-1"))
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        return StreamingResponse(stream(run, since), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(stream(run, since, self._stopping), media_type="text/event-stream", headers=headers)
 
     def _run(self, request: Request) -> RunFiles:
         return self._runs.run(request.path_params["name"])

@@ -22,6 +22,7 @@ from typing import Any
 from services.dashboard.columns import Columns
 from services.dashboard.redis_rows import RowStream
 from services.dashboard.runs import RunFiles, is_live
+from services.page_server import Stopping, never
 from services.record_files import RECORD_FOLDER, RECORD_KINDS, recorded_steps
 
 POLL_S = 0.2
@@ -111,14 +112,14 @@ class Watch:
         return [("state", {"live": status[0]})] if changed and not first else []
 
 
-async def stream(run: RunFiles, since: int) -> AsyncGenerator[bytes]:
-    """Events of a run for a reader that has its steps up to `since`, until it goes away."""
+async def stream(run: RunFiles, since: int, stopping: Stopping = never) -> AsyncGenerator[bytes]:
+    """Events of a run for a reader that has its steps up to `since`, until it goes away or the server is stopping."""
     yield b"retry: 1000\n\n"
     # Opened before the directory is looked at, so that no row falls between the two.
     source = await RowStream.opened(run.path)
     watch, beat_s = Watch(run, since), time.monotonic()
     try:
-        while True:
+        while not stopping():
             for name, data in await asyncio.to_thread(watch.changes):
                 yield _event(name, data)
                 beat_s = time.monotonic()
