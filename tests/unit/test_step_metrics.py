@@ -118,6 +118,9 @@ def test_diversity_is_the_mean_pixel_distance_of_pairs() -> None:
     # Pairs: 0-1 are equal, 0-2 and 1-2 are a full scale apart.
     assert diversity([replace(group, images_GHWC=pictures)]) == pytest.approx(2 / 3)
     assert diversity([replace(group, images_GHWC=None)]) is None
+    large = np.zeros((3, 600, 512, 3), np.uint8)
+    large[2, ::2, ::2] = 255  # which is all that is looked at
+    assert diversity([replace(group, images_GHWC=large)]) == pytest.approx(2 / 3)
 
 
 def _text_group(texts: tuple[str, ...], nfe: list[int], log_gamma: list[float] | None = None) -> RolloutGroup:
