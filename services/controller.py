@@ -23,7 +23,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 from raylign.errors import CheckpointError, NumericsError, RaylignError, RewardError, StalenessError
@@ -37,6 +37,7 @@ from services.exploration import explored_group
 from services.guard import Verdict
 from services.guard_run import RewardGuard
 from services.parity import parity_gap
+from services.phase_clock import PhaseClock
 from services.pull_metrics import pull_metrics
 from services.roles import Fleet, LearnerRole, Scorer, SnapshotHandle
 from services.scoring import score_groups
@@ -54,24 +55,6 @@ class Observer(Protocol):
     def swept(self, step: int, sweeps: Mapping[EvalPoint, Sequence[RolloutGroup]]) -> None:
         """Held-out groups by the point they were drawn at; AS_CONFIGURED is the evaluation itself."""
         ...
-
-
-@dataclass(slots=True)
-class Timeline:
-    """Seconds by phase since the last step was logged."""
-
-    seconds: dict[str, float] = field(default_factory=dict[str, float])
-    heard: Callable[[str, float], None] | None = None
-    """Is told of each phase when it ends."""
-
-    def add(self, phase: str, seconds: float) -> None:
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-        if self.heard is not None:
-            self.heard(phase, seconds)
-
-    def drain(self) -> dict[str, float]:
-        drained, self.seconds = self.seconds, {}
-        return drained
 
 
 class Controller:
@@ -101,7 +84,7 @@ class Controller:
         self._learner = learner
         self._observer = observer
         self._save = save
-        self._timeline = Timeline(heard=heard)
+        self._phases = PhaseClock(heard)
         self._tell_pulls = pulled
         self._spawned: set[asyncio.Task[None]] = set()
         self._refused = 0
@@ -134,7 +117,7 @@ class Controller:
         if start_step == 0:
             await self._evaluate_if_due(0)
         await self._heed(start_step, self.watch.judge(start_step, {}, ()))
-        self._timeline.drain()
+        self._phases.drain()
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
@@ -226,7 +209,7 @@ class Controller:
             if groups is None:
                 break
             groups = self.watch.to_train_on(groups)
-            self._timeline.add("rollout", time.perf_counter() - started_s)
+            self._phases.add("rollout", time.perf_counter() - started_s)
             check_age(groups, step - 1, config.max_staleness if step <= self._old_until else self.guard.limit)
             self._check_failures(groups, f"step {step}")
             metrics = await self._train(groups, step, hand_off)
@@ -267,16 +250,16 @@ class Controller:
     ) -> dict[str, float]:
         """One step of the learner: credit, then gradients and updates. Old weights are out before they change."""
         metrics: dict[str, float] = {}
-        with _timed(self._timeline, "credit"):
+        with self._phases.timed("credit"):
             metrics |= await self._learner.begin_step([group.without_outputs() for group in groups], step)
         results: list[StepResult] = []
         for update in range(self._config.learner.num_updates):
-            with _timed(self._timeline, "train"):
+            with self._phases.timed("train"):
                 await self._learner.forward_backward(update)
             if hand_off is not None:
                 await hand_off
             self._mid_step = True
-            with _timed(self._timeline, "train"):
+            with self._phases.timed("train"):
                 results.append(await self._learner.optimise(update))
         metrics |= over_updates(results)
         self._mid_step = any(result.finite for result in results)
@@ -324,9 +307,9 @@ class Controller:
         await self._buffer.release(self._config.groups_per_step)
 
     async def _publish(self, version: WeightVersion) -> None:
-        with _timed(self._timeline, "publish"):
+        with self._phases.timed("publish"):
             snapshot = await self._learner.publish(version, "rollout")
-        with _timed(self._timeline, "pull"):
+        with self._phases.timed("pull"):
             self._pulled = pull_metrics(await self._pull(snapshot, "rollout"))
 
     async def _pull(self, snapshot: SnapshotHandle, slot: WeightSlot) -> Sequence[Pulled]:
@@ -344,7 +327,7 @@ class Controller:
         def gap(tolerance: float) -> float:
             return max(parity_gap(probe, answer, tolerance) for probe in probes)
 
-        with _timed(self._timeline, "parity"):
+        with self._phases.timed("parity"):
             probes = await self._fleet.probe_all(self._prompts.prompts[0].text)
             answer = await self._learner.predict(probes[0])
             try:
@@ -373,7 +356,7 @@ class Controller:
 
     async def _evaluate_if_due(self, version: WeightVersion) -> None:
         if self._evaluates(version):
-            with _timed(self._timeline, "evaluate"):
+            with self._phases.timed("evaluate"):
                 await self.evaluate(version)
 
     async def _heed(self, step: int, verdict: Verdict) -> bool:
@@ -399,7 +382,7 @@ class Controller:
         self, step: int, metrics: Mapping[str, float], groups: Sequence[RolloutGroup], seconds: float
     ) -> dict[str, float]:
         """The step's line of metrics."""
-        phases = self._timeline.drain()
+        phases = self._phases.drain()
         everything = step_metrics(groups, step, phases, seconds) | dict(metrics) | self._parity | self._pulled
         everything |= self.guard.metrics(self._events)
         if self._config.max_staleness > 0:
@@ -418,16 +401,3 @@ def check_age(groups: Sequence[RolloutGroup], newest: WeightVersion, max_stalene
                 f"group {group.sequence} of prompt {group.prompt.id!r} is {age} versions old, max_staleness is "
                 f"{max_staleness}; this is a bug in the buffer, please report it"
             )
-
-
-class _timed:
-    """Adds a block's wall time to a timeline."""
-
-    def __init__(self, timeline: Timeline, phase: str) -> None:
-        self._timeline, self._phase = timeline, phase
-
-    def __enter__(self) -> None:
-        self._started_s = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._timeline.add(self._phase, time.perf_counter() - self._started_s)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from services.controller import Timeline
+from services.phase_clock import PhaseClock
 from services.spans import SpanSink
 
 pytest.importorskip("opentelemetry.sdk.trace", reason="needs opentelemetry-sdk, which ray[default] brings")
@@ -79,9 +79,9 @@ def test_the_last_hand_off_is_sent_when_the_run_ends_and_nothing_afterwards() ->
 
 def test_the_loop_tells_of_every_phase() -> None:
     heard: list[tuple[str, float]] = []
-    line = Timeline(heard=lambda phase, seconds: heard.append((phase, seconds)))
-    line.add("train", 1.0)
-    line.add("train", 2.0)
+    clock = PhaseClock(lambda phase, seconds: heard.append((phase, seconds)))
+    clock.add("train", 1.0)
+    clock.add("train", 2.0)
     assert heard == [("train", 1.0), ("train", 2.0)]
-    assert line.drain() == {"train": 3.0}
-    Timeline().add("train", 1.0)
+    assert clock.drain() == {"train": 3.0}
+    PhaseClock().add("train", 1.0)
