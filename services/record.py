@@ -41,7 +41,7 @@ from services.record_files import (
     RecordKind,
     pictures_path,
     record_path,
-    recorded_steps,
+    recorded,
     sized_steps,
 )
 from services.timeline import LOOP, as_evaluation, step_timeline, work_of
@@ -245,8 +245,8 @@ def drop_after(run: Path, step: int) -> None:
     if step < 0:
         shutil.rmtree(folder, ignore_errors=True)
         return
-    for kind in RECORD_KINDS:
-        for later in recorded_steps(run, kind):
+    for kind, steps in recorded(run).items():
+        for later in steps:
             if later > step:
                 _remove(record_path(run, kind, later))
     for partial in folder.glob(".*.partial"):

@@ -42,14 +42,24 @@ def pictures_path(record: Path) -> Path:
     return record.with_suffix(".pictures")
 
 
-def recorded_steps(run: Path, kind: RecordKind) -> list[int]:
-    """The steps whose groups are there, rising."""
+def recorded(run: Path) -> dict[RecordKind, list[int]]:
+    """The steps whose groups are there, rising, by kind. One look at the folder, which may hold thousands of files."""
+    steps: dict[RecordKind, list[int]] = {kind: [] for kind in RECORD_KINDS}
     try:
         names = [path.name for path in (run / RECORD_FOLDER).iterdir()]
     except FileNotFoundError:
-        return []
-    found = (_NAME.fullmatch(name) for name in names)
-    return sorted(int(match[2]) for match in found if match and match[1] == kind)
+        return steps
+    for name in names:
+        match = _NAME.fullmatch(name)
+        if match:
+            kind: RecordKind = "train" if match[1] == "train" else "eval"
+            steps[kind].append(int(match[2]))
+    return {kind: sorted(found) for kind, found in steps.items()}
+
+
+def recorded_steps(run: Path, kind: RecordKind) -> list[int]:
+    """The steps of one kind whose groups are there, rising."""
+    return recorded(run)[kind]
 
 
 def sized_steps(run: Path, kind: RecordKind) -> list[RecordedStep]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import base64
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from services.record_files import RecordKind, picture_type, read_picture, read_record, recorded_steps
+from services.record_files import RecordKind, picture_type, read_picture, read_record, recorded
 from services.text_samples import GOOD_REWARD
 
 _SHOWN = 3
@@ -61,11 +61,11 @@ class GroupsView:
 
 def groups_of(run: Path) -> list[GroupsView]:
     """What the record of a run has to show; [] if nothing was recorded."""
-    kind: RecordKind = "eval" if recorded_steps(run, "eval") else "train"
-    steps = [step for step in recorded_steps(run, kind) if _load(run, kind, step) is not None]
-    if not steps:
+    known = recorded(run)
+    kind: RecordKind = "eval" if known["eval"] else "train"
+    last = _first_whole(run, kind, reversed(known[kind]))
+    if last is None:
         return []
-    last = _Look(run, kind, steps[-1])
     scored = [group for group in last.groups if _mean(group) is not None]
     ranked = sorted(scored, key=lambda group: _mean(group) or 0.0, reverse=True)
     words = "held-out prompts" if kind == "eval" else "training prompts"
@@ -77,9 +77,16 @@ def groups_of(run: Path) -> list[GroupsView]:
     failed = [group for group in last.groups if _mean(group) is None]
     if failed:
         found.append(GroupsView("Groups without a reward", f"step {last.step}", tuple(map(last.view, failed[:_SHOWN]))))
-    if kind == "eval" and len(steps) > 1:
-        found.append(_most_changed(_Look(run, kind, steps[0]), last))
+    first = _first_whole(run, kind, known[kind]) if kind == "eval" else None
+    if first is not None and first.step != last.step:
+        found.append(_most_changed(first, last))
     return [one for one in found if one.groups]
+
+
+def _first_whole(run: Path, kind: RecordKind, steps: Iterable[int]) -> _Look | None:
+    """The first of these steps whose record can be read. No other is read: a run may have recorded thousands."""
+    looks = (_Look(run, kind, step) for step in steps)
+    return next((look for look in looks if look.groups), None)
 
 
 def _most_changed(first: _Look, last: _Look) -> GroupsView:

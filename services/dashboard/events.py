@@ -23,7 +23,7 @@ from services.dashboard.columns import Columns
 from services.dashboard.redis_rows import RowStream
 from services.dashboard.runs import RunFiles, is_live
 from services.page_server import Stopping, never
-from services.record_files import RECORD_FOLDER, RECORD_KINDS, recorded_steps
+from services.record_files import RECORD_FOLDER, recorded
 
 POLL_S = 0.2
 PUSHED_POLL_S = 1.0
@@ -98,7 +98,7 @@ class Watch:
         if mtime == self.folder_mtime:
             return []
         first, self.folder_mtime = self.folder_mtime == -1, mtime
-        newest = {kind: (recorded_steps(self.run.path, kind) or [-1])[-1] for kind in RECORD_KINDS}
+        newest = {str(kind): steps[-1] if steps else -1 for kind, steps in recorded(self.run.path).items()}
         if newest == self.newest:
             return []
         self.newest = newest

@@ -22,7 +22,7 @@ from services.dashboard.columns import Columns, MetricsTail, sampled_rows
 from services.dashboard.gantt import as_json, gantt, read_work
 from services.dashboard.timing import slowest
 from services.headlines import is_metric
-from services.record_files import RECORD_KINDS, as_ranges, read_record, recorded_steps
+from services.record_files import as_ranges, read_record, recorded
 from services.run_dir import RunDir
 
 _SPARK_POINTS = 48
@@ -135,7 +135,7 @@ class RunsFolder:
             "slow": slowest([row for row in recent if row.get("time/step_s")]),
             "failed": failed_counts(columns),
             "samples_per_step": facts.groups_per_step * facts.group_size,
-            "records": {kind: as_ranges(recorded_steps(run.path, kind)) for kind in RECORD_KINDS},
+            "records": {kind: as_ranges(steps) for kind, steps in recorded(run.path).items()},
             "samples": sample_files(run),
             "origin": summary.get("origin"),
         }

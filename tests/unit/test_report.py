@@ -517,6 +517,21 @@ def test_a_broken_record_of_groups_is_left_out(tmp_path: Path, broken: str) -> N
     assert "Best groups" not in _Page(_write(tmp_path / "run", _rows())).headings
 
 
+def test_records_between_the_first_and_the_last_are_not_read(tmp_path: Path) -> None:
+    """There may be thousands of them; these would fail if they were."""
+    run = tmp_path / "run"
+    for step, total in ((0, 0.1), (9, 0.9)):
+        _record(run, "eval", step, {"a": [total, total]})
+        _record(run, "train", step, {"a": [total, total]})
+    for kind in ("eval", "train"):
+        (run / "groups" / f"{kind}_00000005.json").mkdir()
+    assert "0.100 → 0.900" in _write(run, _rows())
+    for step in (0, 5, 9):
+        path = run / "groups" / f"eval_{step:08d}.json"
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert "training prompts, step 9" in _write(run, _rows())
+
+
 def test_what_the_run_ran_on_is_told_and_not_where_the_page_was_written(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert "python (of this page)" in _write(run, _rows())
