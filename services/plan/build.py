@@ -15,7 +15,7 @@ from services.plan.memory import Role, payload_bytes, run_roles
 from services.plan.probe import Measured, run_probe
 from services.plan.rewards import missing_files, reward_weights
 from services.plan.sizes import ModelSizes, model_sizes
-from services.plan.timing import StepTime, step_time, work_of
+from services.plan.timing import StepTime, step_time, unit_times
 from services.plan.verdict import Fit, fits
 
 
@@ -71,7 +71,7 @@ def make_plan(
         for name, files in missing_files(rewards).items()
     ]
     notes += _problems(measured)
-    time = None if measured is None else step_time(config, batches, work_of(measured, config), _cores())
+    time = None if measured is None else step_time(config, batches, unit_times(measured, config), _cores())
 
     def analytic(changed: RunConfig) -> list[Role]:
         found = model_sizes(changed.model)

@@ -28,7 +28,7 @@ STORE_BYTES_PER_S = 1e9
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class UnitTimes:
     """What one unit of each kind of work takes, in seconds, on the machine of the probe."""
 
     chunk_s: float
@@ -62,12 +62,12 @@ class StepTime:
     bound_by: str
 
 
-def work_of(measured: Measured, config: RunConfig) -> Work:
+def unit_times(measured: Measured, config: RunConfig) -> UnitTimes:
     """What the probe measured, by unit. Rewards that could not be scored take no time here."""
     rollout, learner = measured["rollout"], measured["learner"]
     rewards: Mapping[str, Mapping[str, Any]] = measured["rewards"]["rewards"]
     trained = {reward.name for reward in config.rewards if not reward.only_eval}
-    return Work(
+    return UnitTimes(
         chunk_s=rollout["chunk_s"],
         draft_chunk_s=rollout.get("draft_chunk_s", 0.0),
         eval_sample_s=rollout["eval_chunk_s"] / rollout["eval_samples"],
@@ -84,7 +84,7 @@ def work_of(measured: Measured, config: RunConfig) -> Work:
     )
 
 
-def step_time(config: RunConfig, batches: Batches, work: Work, cores: int) -> StepTime:
+def step_time(config: RunConfig, batches: Batches, work: UnitTimes, cores: int) -> StepTime:
     """Compose a step. `cores`: what processes without a GPU share; those with one are taken to have a core."""
     alone = config.placement == "in_process"
     rollout_s, drawing = _rollout(config, batches, work, cores)
@@ -128,7 +128,7 @@ def step_time(config: RunConfig, batches: Batches, work: Work, cores: int) -> St
     )
 
 
-def _rollout(config: RunConfig, batches: Batches, work: Work, cores: int) -> tuple[float, float]:
+def _rollout(config: RunConfig, batches: Batches, work: UnitTimes, cores: int) -> tuple[float, float]:
     """Wall seconds until a step's groups are drawn and scored, and the work in it on one core."""
     per_sample = sum(work.reward_sample_s.values())
     scored = batches.drafts + (batches.samples if batches.chunks else 0)
@@ -157,7 +157,7 @@ def _rollout(config: RunConfig, batches: Batches, work: Work, cores: int) -> tup
     return wall + calls / max(1, min(workers, cores)), drawing + scoring
 
 
-def _evaluation(config: RunConfig, batches: Batches, work: Work, cores: int) -> float:
+def _evaluation(config: RunConfig, batches: Batches, work: UnitTimes, cores: int) -> float:
     workers = 1 if config.placement == "in_process" else config.rollout.num_actors
     turns = _turns(workers, config.rollout.num_threads, cores, config.rollout.num_gpus)
     points = 1 + (len(config.eval_points) if config.modality == "image" else 0)

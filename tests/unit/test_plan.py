@@ -25,7 +25,7 @@ from services.plan.memory import GIB, MIB, Part, Role, payload_bytes
 from services.plan.samples import group_bytes, load_groups, save_groups
 from services.plan.show import print_plan, size
 from services.plan.sizes import model_sizes
-from services.plan.timing import RAY_CALL_S, STORE_BYTES_PER_S, StepTime, Work, step_time
+from services.plan.timing import RAY_CALL_S, STORE_BYTES_PER_S, StepTime, UnitTimes, step_time
 from services.plan.verdict import fits
 from services.run_inputs import with_absolute_paths
 from tests.text_groups import draw_text_groups
@@ -110,7 +110,7 @@ def test_bad_division_names_the_key() -> None:
     )
 
 
-WORK = Work(
+WORK = UnitTimes(
     chunk_s=1.0,
     draft_chunk_s=0.5,
     eval_sample_s=0.1,
