@@ -12,18 +12,14 @@ Prints JSON:
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dashboard_server import dashboard_over
 from measuring import publish, spread
 from recorded_run import append_rows, made_up_groups, make_run, metrics_row
 
@@ -62,7 +58,7 @@ def in_browser(runs: Path, steps: int, repeats: int, updates: int) -> dict[str, 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for _ in range(repeats):
-            with served(runs) as address:
+            with dashboard_over(runs, output=subprocess.DEVNULL) as (address, _):
                 for kind in ("cold", "warm"):
                     page = browser.new_context().new_page()
                     started_s = time.perf_counter()
@@ -72,7 +68,7 @@ def in_browser(runs: Path, steps: int, repeats: int, updates: int) -> dict[str, 
                     loads[kind].append(time.perf_counter() - started_s)
                     page.context.close()
         waits: list[float] = []
-        with served(runs) as address:
+        with dashboard_over(runs, output=subprocess.DEVNULL) as (address, _):
             page = browser.new_page()
             page.goto(f"{address}/#/run/long")
             page.wait_for_selector("#latest img")
@@ -113,26 +109,6 @@ def record_cost(run: Path, side: int, steps: int = 30) -> dict[str, Any]:
         alone.append(1e3 * (time.perf_counter() - started_s))
     size = sum(path.stat().st_size for path in (run / "groups").iterdir())
     return {"loop_waits_ms": spread(waits), "writer_ms": spread(alone), "bytes_per_step": size}
-
-
-@contextmanager
-def served(runs: Path) -> Generator[str]:
-    """The dashboard in a process of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "services.cli", "dashboard", str(runs), "--port", str(port)]
-    server = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ), stdout=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(10)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.dashboard_server import dashboard_over
 from benchmarks.recorded_run import (
     ACTORS,
     STEP_S,
@@ -54,24 +52,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(runs: Path) -> Generator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "services.cli", "dashboard", str(runs), "--port", str(port)], cwd=ROOT
-    )
-    try:
-        deadline_s = time.monotonic() + 60
-        while time.monotonic() < deadline_s:
-            assert server.poll() is None, "the server ended"
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        assert server.wait(15) is not None
+    with dashboard_over(runs) as (address, _):
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -325,22 +307,11 @@ def test_two_runs_are_chosen_and_compared(page: Any, address: str) -> None:
 def test_a_visitor_from_elsewhere_logs_in(browser: Any, runs: Path, tmp_path: Path) -> None:
     token = "a token of some length"
     (tmp_path / "token").write_text(token)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ["--port", str(port), "--host", "0.0.0.0", "--token-file", str(tmp_path / "token")]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "services.cli", "dashboard", str(runs / "live"), *options], cwd=ROOT
-    )
     context = browser.new_context()
-    try:
+    options = ("--host", "0.0.0.0", "--token-file", str(tmp_path / "token"))
+    with dashboard_over(runs / "live", *options) as (address, _):
         page = context.new_page()
-        for _ in range(300):
-            try:
-                page.goto(f"http://127.0.0.1:{port}/")
-                break
-            except playwright_api.Error:
-                time.sleep(0.1)
+        page.goto(f"{address}/")
         page.get_by_label("Token").fill("wrong, and long enough")
         page.get_by_role("button", name="Log in").click()
         page.wait_for_selector("text=That is not the token.")
@@ -352,7 +323,4 @@ def test_a_visitor_from_elsewhere_logs_in(browser: Any, runs: Path, tmp_path: Pa
         assert cookie["httpOnly"]
         assert cookie["sameSite"] == "Strict"
         assert token not in json.dumps(context.storage_state())
-    finally:
-        context.close()
-        server.terminate()
-        server.wait(15)
+    context.close()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import signal
 import socket
 import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +18,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
+from benchmarks.dashboard_server import dashboard_over
 from benchmarks.recorded_run import append_rows, made_up_groups, make_run, metrics_row, write_record
 from raylign.errors import ConfigError, RunDirError
 from services.dashboard.access import COOKIE, SECURITY_HEADERS, session_of
@@ -31,7 +29,6 @@ from services.dashboard_commands import app as command
 from services.run_api import with_dashboard
 from services.run_dir import RunDir
 from services.run_drivers import Drivers
-from tests.documents import ROOT
 from tests.http_servers import served
 
 _BANNED = (
@@ -318,26 +315,13 @@ def test_a_clusters_page_is_found_at_its_run_service(runs: Path) -> None:
 
 
 def test_ctrl_c_is_clean_while_somebody_watches(runs: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "services.cli", "dashboard", str(runs), "--port", str(port)]
-    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        while True:
-            assert server.poll() is None
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                break
-            time.sleep(0.05)
-        address = f"http://127.0.0.1:{port}/api/runs/one/events?since=120"
-        with urllib.request.urlopen(address, timeout=30) as events:
+    with dashboard_over(runs, output=subprocess.PIPE) as (address, server):
+        with urllib.request.urlopen(f"{address}/api/runs/one/events?since=120", timeout=30) as events:
             assert events.readline() == b"retry: 1000\n"
             server.send_signal(signal.SIGINT)
             told, _ = server.communicate(timeout=30)
         assert server.returncode == 0, told
-        assert told.splitlines()[1:] == [f"Dashboard of {runs}: http://127.0.0.1:{port}/  Ctrl-C stops."]
-    finally:
-        server.kill()
+        assert told.splitlines()[1:] == [f"Dashboard of {runs}: {address}/  Ctrl-C stops."]
 
 
 def test_an_address_that_is_taken_is_named(runs: Path) -> None:
